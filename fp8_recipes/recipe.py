@@ -1,0 +1,189 @@
+"""Recipes: what is quantised, how finely, where scales come from. A recipe is a value; it does nothing.
+
+    from_name("moss")                              a named recipe
+    from_name("moss:interval=200,grad=e5m2")       with overrides
+    from_yaml("configs/recipes/moss.yaml")         from a file, same keys
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .formats import FORMATS, Format
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be honoured. The message names the value and the remedy."""
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": tuple(FORMATS),
+    "weight": tuple(FORMATS),
+    "grad": tuple(FORMATS),
+    "activation_granularity": ("micro", "tile", "row"),
+    "grad_granularity": ("micro", "tile", "row"),
+    "weight_granularity": ("tensor", "block"),
+    "fold": ("row", "none"),
+    "wgrad_fold": ("column_block", "tensor"),
+    "global_scale": ("unit", "measured"),
+    "weight_scale": ("predicted", "measured"),
+    "weight_cache": ("none", "row"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the three products of every linear layer are quantised.
+
+    activation, weight, grad: FP8 format of x, w and dy ("e4m3" or "e5m2").
+    activation_granularity, grad_granularity: what shares a scale when x and dy are quantised: "micro" (1x32), "tile" (1x128) or "row".
+    weight_granularity: "tensor", or "block" (128x128; measured scales, no fold).
+    fold: "row" folds x and dy to one scale per row inside the quantising kernel, so that every product runs on FP8 matrix units with scales in its epilogue.
+        "none" keeps the fine scales and multiplies exactly, by dequantising to bf16: the check, at bf16 speed.
+    wgrad_fold: scale of the transposed operands of wgrad: "column_block" or "tensor".
+    global_scale: of micro granularity: "unit" (1.0, one read) or "measured" (MOSS as published, two reads; needs fold="none").
+    weight_scale: "predicted" (automatic weight scaling) or "measured" (amax of the weight at every use).
+    interval: steps between true measurements of a predicted scale.
+    promote: distance along K after which wgrad's accumulator is promoted to FP32, in elements; 0 = never.
+    weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
+    quantize: False leaves every product in bf16.
+    """
+
+    name: str
+    activation: str = "e4m3"
+    weight: str = "e4m3"
+    grad: str = "e4m3"
+    activation_granularity: str = "row"
+    grad_granularity: str = "row"
+    weight_granularity: str = "tensor"
+    fold: str = "row"
+    wgrad_fold: str = "column_block"
+    global_scale: str = "unit"
+    weight_scale: str = "measured"
+    interval: int = 500
+    promote: int = 1024
+    weight_cache: str = "none"
+    quantize: bool = True
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value not in choices:
+                raise RecipeError(f"recipe {self.name!r}: {key}={value!r} is not one of {', '.join(choices)}{_near(str(value), choices)}")
+        if self.interval < 1:
+            raise RecipeError(f"recipe {self.name!r}: interval={self.interval} must be at least 1 step; use weight_scale=measured to measure at every use")
+        if self.promote < 0 or self.promote % 128:
+            raise RecipeError(f"recipe {self.name!r}: promote={self.promote} must be 0 (never) or a multiple of 128")
+        if self.fold == "row" and self.weight_granularity != "tensor":
+            raise RecipeError(f"recipe {self.name!r}: weight_granularity={self.weight_granularity} changes along K; use fold=none with it")
+        if self.fold == "row" and self.global_scale == "measured":
+            raise RecipeError(f"recipe {self.name!r}: an FP32 global scale cannot be folded; use global_scale=unit, or fold=none")
+        if self.weight_scale == "predicted" and self.weight_granularity != "tensor":
+            raise RecipeError(f"recipe {self.name!r}: weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor")
+
+    @property
+    def activation_format(self) -> Format:
+        return FORMATS[self.activation]
+
+    @property
+    def weight_format(self) -> Format:
+        return FORMATS[self.weight]
+
+    @property
+    def grad_format(self) -> Format:
+        return FORMATS[self.grad]
+
+    @property
+    def folded(self) -> bool:
+        """Do the products run on FP8 matrix units (True) or as exact bf16 products of dequantised operands (False)?"""
+        return self.fold == "row"
+
+    def with_overrides(self, **overrides: Any) -> Recipe:
+        """A validated copy with some fields changed; values may be strings."""
+        typed = {key: _convert(self, key, value) for key, value in overrides.items()}
+        return replace(self, **typed)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "name")
+        return f"{self.name}({shown})"
+
+
+BF16 = Recipe("bf16", quantize=False)
+"""No quantisation: the baseline of every comparison."""
+ROW = Recipe("row")
+"""One scale per row of x and dy, one measured scale per weight."""
+MOSS = Recipe("moss", activation_granularity="micro", grad_granularity="micro", weight_scale="predicted")
+"""MOSS on Hopper: 1x32 microscaling folded to rows in the quantising kernel, predicted weight scales."""
+MOSS_EXACT = Recipe(
+    "moss_exact",
+    activation_granularity="micro",
+    grad_granularity="micro",
+    fold="none",
+    global_scale="measured",
+    weight_scale="predicted",
+)
+"""MOSS as published: measured FP32 global scale, micro scales applied inside the product. For checking; runs at bf16 speed."""
+TILE = Recipe("tile", activation_granularity="tile", grad_granularity="tile", weight_granularity="block", fold="none")
+"""DeepSeek-V3's granularities: 1x128 activations and gradients, 128x128 weights. For checking; runs at bf16 speed."""
+
+RECIPES: dict[str, Recipe] = {r.name: r for r in (MOSS, MOSS_EXACT, TILE, ROW, BF16)}
+
+
+def from_name(spec: str) -> Recipe:
+    """``"name"`` or ``"name:key=value,key=value"`` to a `Recipe`. Unknown names and keys raise `RecipeError` with the near misses."""
+    name, _, overrides = spec.partition(":")
+    if name not in RECIPES:
+        raise RecipeError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}{_near(name, tuple(RECIPES))}")
+    return RECIPES[name].with_overrides(**_parse_overrides(spec, overrides))
+
+
+def from_yaml(path: str | Path, overrides: str = "") -> Recipe:
+    """Read a recipe from YAML: ``base: NAME`` (a named recipe, optional), ``name:``, and any field of `Recipe`."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise RecipeError(f"reading {path} needs pyyaml: pip install pyyaml") from error
+    with open(path) as stream:
+        data = yaml.safe_load(stream)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: expected a mapping of recipe fields, got {type(data).__name__}")
+    base = from_name(data.pop("base")) if "base" in data else Recipe(str(data.get("name", Path(path).stem)))
+    return base.with_overrides(**data).with_overrides(**_parse_overrides(str(path), overrides))
+
+
+def _parse_overrides(spec: str, overrides: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in overrides.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"{spec!r}: override {item!r} must be key=value")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _convert(recipe: Recipe, key: str, value: Any) -> Any:
+    known = {f.name: f for f in fields(recipe)}
+    if key not in known:
+        raise RecipeError(f"recipe {recipe.name!r} has no key {key!r}{_near(key, tuple(known))}; keys: {', '.join(known)}")
+    kind = type(getattr(recipe, key))
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    text = str(value)
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise RecipeError(f"recipe {recipe.name!r}: {key}={value!r} must be true or false")
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise RecipeError(f"recipe {recipe.name!r}: {key}={value!r} must be an integer") from None
+    return text
+
+
+def _near(word: str, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

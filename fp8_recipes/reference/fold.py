@@ -1,0 +1,65 @@
+"""Fold: the same numbers under other scales, without going back to bf16.
+
+    payload' = round(payload * 2**(from - to))
+
+With ``from <= to`` the exponent field shrinks by ``to - from``: exact while the result is normal, one rounding to nearest even into the subnormals, a *flush* below half of the
+smallest subnormal. With ``from > to`` it grows, which is exact. NaN stays NaN. FP8-Flow-MoE (arXiv 2511.02302, section 3.2 and Algorithm 1) calls the
+transposed form scaling-aware transpose; its 128x128 tile takes its largest row scale, here the target is one scale per 128 columns over all rows, constant along wgrad's contraction.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import cast_saturating, exponent_of, pow2, to_e8m0
+from ..tensor import TILE, ScaledTensor
+from .quantize import expand_scale, tile_exponents
+
+
+def _exponents(q: ScaledTensor) -> torch.Tensor:
+    """Exponent of the scale of every element, broadcastable to [rows, cols], int32."""
+    if q.granularity == "micro":
+        if q.global_scale is not None:
+            raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
+        e = q.scale.to(torch.int32) - 127
+    else:
+        e = exponent_of(q.scale)
+    return expand_scale(e, q.shape, q.granularity)
+
+
+def _shift(q: ScaledTensor, target: torch.Tensor) -> torch.Tensor:
+    """Payload re-expressed at the exponents `target` (broadcastable to [rows, cols])."""
+    shift = (_exponents(q) - target).clamp(-126, 127)  # beyond 2**-126 everything is zero anyway
+    return cast_saturating(q.payload.float() * pow2(shift), q.format)
+
+
+def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
+    """Re-express ``q`` under one scale per row, or per tensor: the largest of the finer ones. A "row" result carries ``tile_exponent``."""
+    if q.granularity == "tensor" or granularity == q.granularity:
+        return q
+    if granularity == "row":
+        if q.granularity not in ("tile", "micro"):
+            raise ValueError(f"cannot fold a {q.granularity} payload to rows")
+        tiles = tile_exponents(q)
+        target = tiles.amax(dim=1)
+        return ScaledTensor(_shift(q, target[:, None]), pow2(target), "row", tile_exponent=to_e8m0(tiles))
+    if granularity == "tensor":
+        target = _exponents(q).amax()
+        return ScaledTensor(_shift(q, target), pow2(target), "tensor")
+    raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
+
+
+def fold_transpose(q: ScaledTensor, to: str = "column_block") -> ScaledTensor:
+    """Transposed payload [cols, rows] under one scale per row of the result, all that the contraction over the original rows allows.
+
+    to: "column_block" (128 original columns share the largest of their tile scales) or "tensor". The result's ``scale`` is [cols] fp32, granularity "row".
+    """
+    tiles = tile_exponents(q)
+    if to == "column_block":
+        target = tiles.amax(dim=0).repeat_interleave(TILE)[: q.shape[1]]
+    elif to == "tensor":
+        target = tiles.amax().expand(q.shape[1])
+    else:
+        raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
+    payload = _shift(q, target[None, :]).t().contiguous()
+    return ScaledTensor(payload, pow2(target.contiguous()), "row")

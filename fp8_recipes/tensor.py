@@ -1,0 +1,92 @@
+"""`ScaledTensor`: an FP8 payload and what it takes to read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .formats import Format, format_of
+
+MICRO = 32
+"""Values that share one local scale under `micro` granularity (MOSS's k2, MXFP8's block)."""
+TILE = 128
+"""Edge of `tile`, `block` and `column_block`."""
+GRANULARITIES = ("micro", "tile", "block", "row", "tensor")
+
+
+@dataclass
+class ScaledTensor:
+    """FP8 payload with scales: ``x[i, j] ~ payload[i, j] * scale[of the group of (i, j)]``.
+
+    payload: [rows, cols] float8_e4m3fn or float8_e5m2, contiguous.
+    granularity and the shape of ``scale``:
+
+    ======== ================================== =======================================
+    tensor   [] fp32                            one scale
+    row      [rows] fp32                        one per row
+    tile     [rows, ceil(cols/128)] fp32        one per 128 columns of a row
+    block    [ceil(rows/128), ceil(cols/128)]   one per 128 x 128
+    micro    [rows, ceil(cols/32)] uint8 E8M0   one per 32 columns, times ``global_scale`` ([] fp32, None = 1)
+    ======== ================================== =======================================
+
+    tile_exponent: uint8 E8M0 [rows, ceil(cols/128)] or None. Beside a payload folded to rows: the scale that each tile needs by itself, from which a later
+    fold along the other axis takes its target without reading the data again.
+    """
+
+    payload: torch.Tensor
+    scale: torch.Tensor
+    granularity: str
+    tile_exponent: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"unknown granularity {self.granularity!r}; expected one of {GRANULARITIES}")
+        if self.payload.dim() != 2:
+            raise ValueError(f"payload must be 2-D [rows, cols], got shape {tuple(self.payload.shape)}")
+        expected = scale_shape(self.payload.shape[0], self.payload.shape[1], self.granularity)
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(
+                f"{self.granularity} scale of a {tuple(self.payload.shape)} payload must have shape {expected}, "
+                f"got {tuple(self.scale.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.payload.shape
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.payload.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.payload.device
+
+    def nbytes(self) -> int:
+        """Bytes held: payload, scales and tile exponents."""
+        held = (self.payload, self.scale, self.tile_exponent, self.global_scale)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def scale_shape(rows: int, cols: int, granularity: str) -> tuple[int, ...]:
+    """Shape of the scale tensor of a [rows, cols] payload."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "tensor": (),
+        "row": (rows,),
+        "tile": (rows, -(-cols // TILE)),
+        "block": (-(-rows // TILE), -(-cols // TILE)),
+        "micro": (rows, -(-cols // MICRO)),
+    }
+    return shapes[granularity]
+
+
+def check_matrix(x: torch.Tensor, name: str) -> None:
+    """Raise unless `x` is a 2-D, contiguous, floating tensor that the operations accept."""
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be 2-D [rows, cols], got shape {tuple(x.shape)}; reshape it to [tokens, features]")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} of shape {tuple(x.shape)} and strides {x.stride()} is not contiguous; call .contiguous()")
+    if x.dtype not in (torch.bfloat16, torch.float32, torch.float16):
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}")
