@@ -73,8 +73,8 @@ def format_of(dtype: torch.dtype) -> Format:
 def scale_exponent_from_amax(amax: torch.Tensor, fmt: Format = E4M3) -> torch.Tensor:
     """Exponent of the smallest power of two ``s`` with ``amax <= fmt.max * s``; int32, clamped to [-126, 127].
 
-    Read off the bits of ``amax`` (fp32, >= 0, finite): with ``amax = m * 2**e`` and ``fmt.max = 1.75 * 2**max_exponent`` the answer is ``e - max_exponent``, plus one if
-    ``m > 1.75``. No division, so no rounding: 448 * 2**k maps to k exactly.
+    Read off the bits of ``amax`` (fp32, >= 0, finite): with ``amax = m * 2**e`` and ``fmt.max = 1.75 * 2**max_exponent`` the answer is
+    ``e - max_exponent``, plus one if ``m > 1.75``. No division, so no rounding: 448 * 2**k maps to k exactly.
     """
     bits = amax.to(torch.float32).view(torch.int32)
     exponent = (bits >> _FP32_MANTISSA_BITS) - E8M0_BIAS
@@ -90,6 +90,15 @@ def pow2(exponent: torch.Tensor) -> torch.Tensor:
 def scale_from_amax(amax: torch.Tensor, fmt: Format = E4M3) -> torch.Tensor:
     """Smallest power-of-two scale (fp32) under which ``amax`` fits `fmt`. See `scale_exponent_from_amax`."""
     return pow2(scale_exponent_from_amax(amax, fmt))
+
+
+def global_scale_from_amax(amax: torch.Tensor, fmt: Format = E4M3) -> torch.Tensor:
+    """``amax / fmt.max`` in fp32, rounded so that ``amax / result <= fmt.max`` holds in fp32 too: MOSS's FP32 scale of a whole tensor.
+
+    Plain division misses that by one unit in the last place for every twelfth amax, and the largest group would then get a local scale of 2 instead of 1.
+    """
+    scale = (amax.float() / fmt.max).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    return torch.where(amax.float() / scale > fmt.max, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
 
 
 def exponent_of(scale: torch.Tensor) -> torch.Tensor:

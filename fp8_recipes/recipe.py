@@ -81,6 +81,8 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r}: weight_granularity={self.weight_granularity} changes along K; use fold=none with it")
         if self.fold == "row" and self.global_scale == "measured":
             raise RecipeError(f"recipe {self.name!r}: an FP32 global scale cannot be folded; use global_scale=unit, or fold=none")
+        if self.global_scale == "measured" and "micro" not in (self.activation_granularity, self.grad_granularity):
+            raise RecipeError(f"recipe {self.name!r}: global_scale=measured belongs to micro granularity; set activation_granularity=micro")
         if self.weight_scale == "predicted" and self.weight_granularity != "tensor":
             raise RecipeError(f"recipe {self.name!r}: weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor")
 
@@ -150,7 +152,9 @@ def from_yaml(path: str | Path, overrides: str = "") -> Recipe:
         data = yaml.safe_load(stream)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, got {type(data).__name__}")
-    base = from_name(data.pop("base")) if "base" in data else Recipe(str(data.get("name", Path(path).stem)))
+    if not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path}: recipe keys must be words, got {[key for key in data if not isinstance(key, str)]}")
+    base = from_name(str(data.pop("base"))) if "base" in data else Recipe(str(data.get("name", Path(path).stem)))
     return base.with_overrides(**data).with_overrides(**_parse_overrides(str(path), overrides))
 
 

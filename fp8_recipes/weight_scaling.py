@@ -8,7 +8,8 @@ and the scale of that bound is safe without reading the weight. Three points the
 
 * ``bound`` is not 1. Cauchy-Schwarz gives ``|m_hat| / sqrt(v_hat) <= 1.165`` for betas (0.9, 0.95), 7.27 for (0.9, 0.999) (`adam_update_bound`).
 * Decoupled weight decay only shrinks ``|W|``, and gradient clipping does not matter (Adam's step does not depend on the gradient's size): neither enters.
-* The bf16 weight is the rounded fp32 master, so the anchor is widened by one bf16 rounding, 2**-8.
+* The bf16 weight is the rounded fp32 master. The master may be one rounding (2**-8) above the weight that was measured, and the next weight one rounding above
+  its master: the anchor is widened by both, the distance travelled by one.
 
 Power-of-two scales make the prediction nearly free of loss: a prediction too high by less than a binade gives the same scale, and one binade more gives
 the same values except where they become subnormal. The quantiser saturates, so even a violated bound clips instead of overflowing.
@@ -33,8 +34,9 @@ ATTRIBUTE = "fp8_predicted_scale"
 def adam_update_bound(beta1: float, beta2: float, steps: int = 100_000) -> float:
     """Supremum over t <= steps of ``|m_hat_t| / sqrt(v_hat_t)`` over all gradient sequences.
 
-    With ``m_t = (1-b1) sum b1^i g`` and ``v_t = (1-b2) sum b2^i g^2`` Cauchy-Schwarz gives ``|m_t| <= (1-b1) sqrt(sum (b1^2/b2)^i / (1-b2)) sqrt(v_t)``; the bias
-    corrections multiply it by ``sqrt(1-b2^t) / (1-b1^t)``. With ``b1**2 >= b2`` there is no bound: ValueError.
+    With ``m_t = (1-b1) sum b1^i g`` and ``v_t = (1-b2) sum b2^i g^2`` Cauchy-Schwarz gives
+    ``|m_t| <= (1-b1) sqrt(sum (b1^2/b2)^i / (1-b2)) sqrt(v_t)``; the bias corrections multiply it by
+    ``sqrt(1-b2^t) / (1-b1^t)``. With ``b1**2 >= b2`` there is no bound: ValueError.
     """
     if not (0 <= beta1 < 1 and 0 < beta2 < 1):
         raise ValueError(f"betas must lie in [0, 1), got ({beta1}, {beta2})")
@@ -73,6 +75,7 @@ class PredictedScale:
     def amax_and_increment(self, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(anchor amax, increment) such that ``amax(weight) <= anchor + increment``; measures first when due. No host synchronisation."""
         if self.due():
+            self.clock.close_step()
             self.anchor_amax = measure_amax(weight.detach(), self.group)
             self.anchor_travel, self.anchor_step = self.clock.travel, self.clock.steps
             self.generation = self.clock.generation
@@ -82,8 +85,11 @@ class PredictedScale:
 
 
 def measure_amax(weight: torch.Tensor, group: Any = None) -> torch.Tensor:
-    """Largest |w|, widened by one bf16 rounding; 0-dim fp32 on the weight's device. Agreed by maximum over ``group``'s ranks if given."""
-    amax = torch.linalg.vector_norm(weight, ord=math.inf).float() * (1 + BF16_ROUNDING)
+    """Largest |w|, widened by two bf16 roundings (down to the weight measured, up to the weight predicted); 0-dim fp32 on the weight's device.
+
+    Agreed by maximum over ``group``'s ranks if given.
+    """
+    amax = torch.linalg.vector_norm(weight, ord=math.inf).float() * (1 + BF16_ROUNDING) ** 2
     if group is not None:
         torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
     return amax
@@ -94,8 +100,8 @@ class WeightScaling:
     """The clock of automatic scaling: how far any weight can have travelled since step 0.
 
     interval: steps between true measurements (MOSS: 500).
-    Register weights with `track`, the optimizer with `attach`; call `reanchor` after loading and after saving a checkpoint, so that a resumed run has the bits of
-    the run that went on.
+    Register weights with `track`, the optimizer with `attach`; call `reanchor` after loading and after saving a checkpoint, so that a resumed run has
+    the bits of the run that went on.
     """
 
     interval: int = 500
@@ -106,6 +112,8 @@ class WeightScaling:
     bounded: bool = True
     on_message: Callable[[str], None] = print
     _bounds: dict[tuple[float, float], float] = field(default_factory=dict)
+    _stepped: set[int] = field(default_factory=set)
+    _step_reach: float = 0.0
 
     @property
     def effective_interval(self) -> int:
@@ -121,8 +129,10 @@ class WeightScaling:
         return state
 
     def reanchor(self) -> None:
-        """Measure every weight again at its next use."""
+        """Measure every weight again at its next use. The clock starts from zero, as it does in a process that has just loaded the checkpoint: same sums, same bits."""
         self.generation += 1
+        self.travel, self.steps = 0.0, 0
+        self.close_step()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Count ``optimizer``'s learning rates from now on. An optimizer outside `ADAM_FAMILY` switches to measuring every step, and says so."""
@@ -132,11 +142,26 @@ class WeightScaling:
                 f"fp8_recipes: automatic weight scaling has no bound for {type(optimizer).__name__} (known: {', '.join(ADAM_FAMILY)}); "
                 "weights are measured again at every step"
             )
+        for group in optimizer.param_groups:
+            self._reach(group)  # raises now, not at the first step, for betas without a bound
         self.attached = True
         optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.advance(max(self._reach(g) for g in optimizer.param_groups))
+        reach = max((self._reach(g) for g in optimizer.param_groups), default=0.0)
+        if id(optimizer) in self._stepped:
+            self.close_step()
+        if not self._stepped:
+            self.advance(reach)
+            self._step_reach = reach
+        elif reach > self._step_reach:
+            self.travel += reach - self._step_reach
+            self._step_reach = reach
+        self._stepped.add(id(optimizer))
+
+    def close_step(self) -> None:
+        """Whatever optimizer steps next belongs to a new step. A measurement closes the step too: it has seen what came before it and nothing of what comes after."""
+        self._stepped.clear()
 
     def _reach(self, group: dict[str, Any]) -> float:
         """Largest possible change of a weight of this parameter group in one step."""

@@ -16,6 +16,8 @@ def rmsnorm_quantize(
 
     x: [rows, cols] bf16, gamma: [cols]. Returns (quantised y, rstd [rows] fp32).
     """
+    if gamma.shape != x.shape[1:]:
+        raise ValueError(f"gamma must have shape ({x.shape[1]},), got {tuple(gamma.shape)}")
     xf = x.float()
     rstd = torch.rsqrt(xf.square().mean(dim=1) + eps)
     return quantize(xf * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold), rstd
@@ -36,6 +38,8 @@ def swiglu_quantize(h: torch.Tensor, granularity: str = "row", fmt: Format = E4M
 
 def swiglu_backward(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """Gradient of `swiglu` in fp32: ``[dgate | dup]`` [rows, 2F] from dy [rows, F]."""
+    if h.shape != (dy.shape[0], 2 * dy.shape[1]):
+        raise ValueError(f"h must be [rows, 2F] for dy [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")
     gate, up = h.float().chunk(2, dim=1)
     s = torch.sigmoid(gate)
     silu = gate * s

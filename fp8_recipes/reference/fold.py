@@ -2,16 +2,17 @@
 
     payload' = round(payload * 2**(from - to))
 
-With ``from <= to`` the exponent field shrinks by ``to - from``: exact while the result is normal, one rounding to nearest even into the subnormals, a *flush* below half of the
-smallest subnormal. With ``from > to`` it grows, which is exact. NaN stays NaN. FP8-Flow-MoE (arXiv 2511.02302, section 3.2 and Algorithm 1) calls the
-transposed form scaling-aware transpose; its 128x128 tile takes its largest row scale, here the target is one scale per 128 columns over all rows, constant along wgrad's contraction.
+With ``from <= to`` the exponent field shrinks by ``to - from``: exact while the result is normal, one rounding to nearest even into the subnormals,
+a *flush* below half of the smallest subnormal. With ``from > to`` it grows, which is exact up to the format's maximum, where it saturates.
+NaN stays NaN. FP8-Flow-MoE (arXiv 2511.02302, section 3.2 and Algorithm 1) calls the transposed form scaling-aware transpose; its 128x128 tile takes its
+largest row scale, here the target is one scale per 128 columns over all rows, constant along wgrad's contraction.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..formats import cast_saturating, exponent_of, pow2, to_e8m0
+from ..formats import cast_saturating, exponent_of, is_power_of_two, pow2, to_e8m0
 from ..tensor import TILE, ScaledTensor
 from .quantize import expand_scale, tile_exponents
 
@@ -23,6 +24,9 @@ def _exponents(q: ScaledTensor) -> torch.Tensor:
             raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
         e = q.scale.to(torch.int32) - 127
     else:
+        if not bool(is_power_of_two(q.scale).all()):
+            bad = q.scale[~is_power_of_two(q.scale)].flatten()[0].item()
+            raise ValueError(f"scale {bad!r} is not a normal power of two, so its payload cannot be folded; quantise with formats.scale_from_amax")
         e = exponent_of(q.scale)
     return expand_scale(e, q.shape, q.granularity)
 
@@ -35,18 +39,18 @@ def _shift(q: ScaledTensor, target: torch.Tensor) -> torch.Tensor:
 
 def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
     """Re-express ``q`` under one scale per row, or per tensor: the largest of the finer ones. A "row" result carries ``tile_exponent``."""
-    if q.granularity == "tensor" or granularity == q.granularity:
+    if granularity not in ("row", "tensor"):
+        raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
+    if granularity == q.granularity:
         return q
     if granularity == "row":
         if q.granularity not in ("tile", "micro"):
-            raise ValueError(f"cannot fold a {q.granularity} payload to rows")
+            raise ValueError(f"cannot fold a {q.granularity} payload to rows; its scales are not finer than a row")
         tiles = tile_exponents(q)
         target = tiles.amax(dim=1)
         return ScaledTensor(_shift(q, target[:, None]), pow2(target), "row", tile_exponent=to_e8m0(tiles))
-    if granularity == "tensor":
-        target = _exponents(q).amax()
-        return ScaledTensor(_shift(q, target), pow2(target), "tensor")
-    raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
+    target = _exponents(q).amax()
+    return ScaledTensor(_shift(q, target), pow2(target), "tensor")
 
 
 def fold_transpose(q: ScaledTensor, to: str = "column_block") -> ScaledTensor:

@@ -68,8 +68,8 @@ def gemm_exact(
 ) -> torch.Tensor:
     """``dequantize(a) @ dequantize(b)^T`` at any granularity.
 
-    Power-of-two scales make the dequantised values exact in bf16, so on a GPU this is one bf16 product with an FP32 accumulator, nothing lost; FP32 global scales
-    multiply the result. It is the check beside every folded product, and what recipes without a fold run on (at bf16 speed).
+    Power-of-two scales make the dequantised values exact in bf16, so on a GPU this is one bf16 product with an FP32 accumulator, nothing lost;
+    FP32 global scales multiply the result. It is the check beside every folded product, and what recipes without a fold run on (at bf16 speed).
     """
     check_product(a, b, out, accumulate, bias)
     operand = torch.bfloat16 if a.device.type == "cuda" else torch.float32

@@ -2,9 +2,10 @@
 
     amax_g = largest finite |x| of group g          scale_g = smallest 2**e with amax_g <= fmt.max * 2**e          payload = round(x / scale_g)
 
-Two-level microscaling (MOSS, arXiv 2511.05811, section 3.1): ``s = max_g amax_g / max(fmt)`` in FP32 for the tensor, ``ss_g = 2**ceil(log2(s_g / s))`` per 32 values,
-``payload = round(x / (s * ss_g))``. That form (``global_scale="measured"``) reads the tensor twice. The global scale only says where the power-of-two grid
-lies, so any given one serves as well; with 1.0 the local exponents take either sign and one read is enough.
+Two-level microscaling (MOSS, arXiv 2511.05811, section 3.1): ``s = max_g amax_g / max(fmt)`` in FP32 for the tensor,
+``ss_g = 2**ceil(log2(s_g / s))`` per 32 values, ``payload = round(x / (s * ss_g))``. That form (``global_scale="measured"``) reads the tensor twice.
+The global scale only says where the power-of-two grid lies, so any given one serves as well; with 1.0 the local exponents take either sign and one read
+is enough.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..formats import E4M3, E8M0_BIAS, Format, cast_saturating, exponent_of, from_e8m0, pow2, scale_exponent_from_amax, to_e8m0
+from ..formats import (
+    E4M3,
+    E8M0_BIAS,
+    Format,
+    cast_saturating,
+    exponent_of,
+    from_e8m0,
+    global_scale_from_amax,
+    pow2,
+    scale_exponent_from_amax,
+    to_e8m0,
+)
 from ..tensor import MICRO, TILE, ScaledTensor, check_matrix
 
 
@@ -96,6 +108,8 @@ def _check_options(granularity: str, fold: str | None, global_scale: torch.Tenso
         raise ValueError(f"global_scale belongs to micro granularity, not {granularity!r}")
     if isinstance(global_scale, str) and global_scale != "measured":
         raise ValueError(f"global_scale must be None, 'measured' or a 0-dim fp32 tensor, got {global_scale!r}")
+    if isinstance(global_scale, torch.Tensor) and global_scale.dim() != 0:
+        raise ValueError(f"global_scale must be 0-dim (one number for the whole tensor), got shape {tuple(global_scale.shape)}")
     if fold == "row" and global_scale is not None:
         raise ValueError("fold='row' needs power-of-two scales: leave global_scale at None (1.0)")
 
@@ -103,8 +117,7 @@ def _check_options(granularity: str, fold: str | None, global_scale: torch.Tenso
 def _quantize_micro(x: torch.Tensor, fmt: Format, global_scale: torch.Tensor | str | None) -> ScaledTensor:
     amax = group_amax(x, "micro")
     if isinstance(global_scale, str):
-        # MOSS: s = max_g s_g, so every local scale is at most one. A zero tensor has no scale of its own.
-        global_scale = (amax.amax() / fmt.max).clamp_min(torch.finfo(torch.float32).smallest_normal)
+        global_scale = global_scale_from_amax(amax.amax(), fmt)  # MOSS: s = max_g s_g, so every local scale is at most one
     g = torch.ones((), device=x.device) if global_scale is None else global_scale.float()
     exponent = scale_exponent_from_amax(amax / g, fmt)
     divisor = expand_scale(pow2(exponent), x.shape, "micro")
