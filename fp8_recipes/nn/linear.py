@@ -1,0 +1,258 @@
+"""A linear layer whose three products run in FP8: what is saved, in which precision, and which product gets which fold.
+
+    y  = x w^T      fprop: x quantised once, folded to rows; w under its tensor scale
+    dx = dy w       dgrad: dy quantised once, folded to rows; w under the same scale, payload transposed
+    dw = dy^T x     wgrad: the two payloads above, folded to column blocks and transposed
+
+Saved for backward: the payload and scales of x (1 byte per value) and references to the weight and its maximum. No bf16 copy of x, no transposed copy of anything.
+The FP8 tensors stay inside the autograd function: what flows between layers is bf16 (or fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..formats import Format
+from ..recipe import Recipe, RecipeError, from_name
+from ..tensor import ScaledTensor
+from ..weight_scaling import ATTRIBUTE, PredictedScale, WeightScaling, measure_amax
+
+ALIGNMENT = 16
+"""Hopper's FP8 matrix instructions and TMA need every extent of the three products to be a multiple of this."""
+
+Observer = Callable[[str, torch.Tensor, ScaledTensor], None]
+"""``observer(role, x, q)`` with role "activation", "weight" or "grad": sees each tensor beside its quantised form. See `fp8_recipes.monitor`."""
+
+
+def check_alignment(tokens: int, in_features: int, out_features: int) -> None:
+    """Raise unless all three extents of a linear layer are multiples of 16, as FP8 products on Hopper need."""
+    remedies = {
+        "in_features": (in_features, "choose a padded width, or leave this layer in bf16 (convert(..., skip=...))"),
+        "out_features": (out_features, "choose a padded width, or leave this layer in bf16 (convert(..., skip=...))"),
+        "tokens": (tokens, "pad batch * sequence"),
+    }
+    for name, (extent, remedy) in remedies.items():
+        if extent % ALIGNMENT:
+            padded = extent + -extent % ALIGNMENT
+            raise ValueError(f"FP8 products need {name} to be a multiple of {ALIGNMENT}, got {extent}; {remedy} (next multiple: {padded})")
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    recipe: Recipe,
+    predicted: PredictedScale | None = None,
+    observer: Observer | None = None,
+) -> torch.Tensor:
+    """``y = x w^T + bias`` with all three products quantised as `recipe` says.
+
+    x: [..., K] bf16, fp16 or fp32; weight: [N, K]; bias: [N] or None. Returns [..., N] in x's dtype (under autocast: autocast's).
+    predicted: the weight's `PredictedScale`; None looks for it on the weight (`WeightScaling.track`). A weight that has none is measured at each use.
+    observer: sees every tensor beside its quantised form; with activation checkpointing the recomputed forward is seen again.
+    The gradient of a weight that has ``main_grad`` is added there and ``weight.grad`` stays None. No tokens: y is empty, all gradients are zero.
+    Raises ValueError on shapes that do not fit and, on CUDA, on extents that are not multiples of 16; TypeError on other dtypes.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check_inputs(x, weight, bias)
+    if not recipe.quantize:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if recipe.weight_cache != "none":
+        raise RecipeError(
+            f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; use weight_cache=none"
+        )
+    if x.is_cuda and recipe.folded:
+        check_alignment(x.numel() // x.shape[-1], weight.shape[1], weight.shape[0])
+    if predicted is None and recipe.weight_scale == "predicted":
+        predicted = getattr(weight, ATTRIBUTE, None)
+    return _Fp8Linear.apply(x, weight, bias, recipe, predicted, observer)
+
+
+def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-D [out_features, in_features], got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x of shape {tuple(x.shape)} must end in the weight's in_features {weight.shape[1]} (weight {tuple(weight.shape)})")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device} and the weight on {weight.device}; move both to one device")
+    for name, t in (("x", x), ("weight", weight)):
+        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}; cast it with .to(torch.bfloat16)")
+
+
+def _quantize(x: torch.Tensor, granularity: str, fmt: Format, recipe: Recipe) -> ScaledTensor:
+    """x [T, features] under `granularity`; folded to rows where the recipe folds and there is something to fold."""
+    fold = "row" if recipe.folded and granularity != "row" else None
+    if granularity == "micro" and recipe.global_scale == "measured":
+        return ops.quantize(x, granularity, fmt, fold=fold, global_scale="measured")
+    return ops.quantize(x, granularity, fmt, fold=fold)
+
+
+def _quantize_weight(weight: torch.Tensor, amax: torch.Tensor | None, increment: float, recipe: Recipe, transpose: bool = False) -> ScaledTensor:
+    """Payload [N, K], or [K, N] if `transpose`, under the same scale either way. amax None: block granularity, which takes its own maxima."""
+    w = weight.detach().contiguous()
+    if amax is not None:
+        return ops.quantize_weight(w, amax, increment, recipe.weight_format, transpose=transpose)
+    q = ops.quantize(w, "block", recipe.weight_format)
+    if transpose:  # a 128x128 block is one after transposition too
+        q = ScaledTensor(q.payload.t().contiguous(), q.scale.t().contiguous(), "block")
+    return q
+
+
+def _wgrad_exact(dy: ScaledTensor, x: ScaledTensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """``dy^T x`` on the dequantised payloads, for recipes without a fold: nothing is rounded a second time. Same arithmetic as `ops.gemm_exact`."""
+    operand = torch.bfloat16 if dy.device.type == "cuda" else torch.float32
+    # [N, T] @ [T, K]; powers of two are exact in bf16, FP32 global scales multiply the result
+    plain = [ops.dequantize(ScaledTensor(q.payload, q.scale, q.granularity), operand) for q in (dy, x)]
+    dw = (plain[0].t() @ plain[1]).float()
+    for q in (dy, x):
+        if q.global_scale is not None:
+            dw = dw * q.global_scale
+    return dw.to(out_dtype)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """See `fp8_linear`. Every tensor named T-something has its leading dimensions flattened to T tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        recipe: Recipe,
+        predicted: PredictedScale | None,
+        observer: Observer | None,
+    ) -> torch.Tensor:
+        ctx.recipe, ctx.observer, ctx.x_shape, ctx.dtype = recipe, observer, x.shape, x.dtype
+        ctx.parameter = weight  # main_grad is an attribute of this very object; a saved tensor may come back as another one (checkpointing)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.increment = 0.0
+        y_shape = (*x.shape[:-1], weight.shape[0])
+        if x.numel() == 0:
+            ctx.save_for_backward(weight)
+            return x.new_zeros(y_shape)
+        x_TK = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        amax = None
+        if recipe.weight_granularity == "tensor":
+            amax, ctx.increment = (measure_amax(weight.detach()), 0.0) if predicted is None else predicted.amax_and_increment(weight)
+        xq = _quantize(x_TK, recipe.activation_granularity, recipe.activation_format, recipe)
+        wq = _quantize_weight(weight, amax, ctx.increment, recipe)
+        if observer is not None:
+            observer("activation", x_TK, xq)
+            observer("weight", weight.detach(), wq)
+        product = ops.gemm if recipe.folded else ops.gemm_exact
+        y_TN = product(xq, wq, out_dtype=x.dtype, bias=None if bias is None else bias.detach())  # [T, K] @ [N, K]^T
+        ctx.granularity = xq.granularity
+        ctx.save_for_backward(weight, amax, xq.payload, xq.scale, xq.tile_exponent, xq.global_scale)
+        return y_TN.view(y_shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if 0 in ctx.x_shape:
+            return (*_zero_gradients(ctx, dy), None, None, None)
+        recipe: Recipe = ctx.recipe
+        weight, amax, payload, scale, tile_exponent, global_scale = ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()
+        dx = dw = dbias = None
+        if need_x or need_w:
+            dyq = _quantize(dy_TN, recipe.grad_granularity, recipe.grad_format, recipe)
+            if ctx.observer is not None:
+                ctx.observer("grad", dy_TN, dyq)
+        if need_x:
+            wq_KN = _quantize_weight(weight, amax, ctx.increment, recipe, transpose=True)
+            product = ops.gemm if recipe.folded else ops.gemm_exact
+            dx = product(dyq, wq_KN, out_dtype=ctx.dtype).view(ctx.x_shape)  # [T, N] @ [K, N]^T
+        if need_w:
+            xq = ScaledTensor(payload, scale, ctx.granularity, tile_exponent, global_scale)
+            dw = _weight_gradient(dyq, xq, ctx.parameter, recipe)
+        if need_bias:
+            dbias = dy_TN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, dbias, None, None, None
+
+
+def _weight_gradient(dyq: ScaledTensor, xq: ScaledTensor, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor | None:
+    """dw [N, K] in the weight's dtype; or None after adding it to ``weight.main_grad`` in the product's epilogue."""
+    main_grad = getattr(weight, "main_grad", None)
+    if not recipe.folded:
+        dw = _wgrad_exact(dyq, xq, weight.dtype if main_grad is None else torch.float32)
+        if main_grad is None:
+            return dw
+        main_grad.add_(dw)
+        return None
+    dyq_NT, xq_KT = ops.fold_transpose(dyq, recipe.wgrad_fold), ops.fold_transpose(xq, recipe.wgrad_fold)
+    if main_grad is None:
+        return ops.gemm(dyq_NT, xq_KT, out_dtype=weight.dtype, promote=recipe.promote)  # [N, T] @ [K, T]^T
+    ops.gemm(dyq_NT, xq_KT, out=main_grad, accumulate=True, promote=recipe.promote)
+    return None
+
+
+def _zero_gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """(dx, dw, dbias) of a batch without tokens. main_grad gets nothing added."""
+    weight = ctx.parameter
+    need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+    dw = torch.zeros_like(weight) if need_w and getattr(weight, "main_grad", None) is None else None
+    dbias = dy.new_zeros(weight.shape[0], dtype=ctx.bias_dtype) if need_bias else None
+    return dy.new_zeros(ctx.x_shape, dtype=ctx.dtype) if need_x else None, dw, dbias
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` whose products run in FP8 as `recipe` (a `Recipe` or a name such as "moss:grad=e5m2") says. Same parameters, same state dict.
+
+    Under ``weight_scale=predicted`` the weight must be tracked by the optimizer's `WeightScaling`; untracked, its maximum is measured at every use and the
+    printed module says so. observer: None, or an `Observer` of every quantised tensor.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, recipe: Recipe | str, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.recipe = from_name(recipe) if isinstance(recipe, str) else recipe
+        self.observer: Observer | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(x, self.weight, self.bias, recipe=self.recipe, observer=self.observer)
+
+    def extra_repr(self) -> str:
+        untracked = self.recipe.weight_scale == "predicted" and not hasattr(self.weight, ATTRIBUTE)
+        note = ", weight_scale=measured (weight not tracked)" if untracked else ""
+        return f"{super().extra_repr()}, recipe={self.recipe.name}{note}"
+
+
+def convert(
+    model: torch.nn.Module,
+    recipe: Recipe | str,
+    skip: Callable[[str, torch.nn.Linear], bool] | None = None,
+    scaling: WeightScaling | None = None,
+) -> torch.nn.Module:
+    """Replace every `torch.nn.Linear` inside `model` by a `Linear` of `recipe` that owns the same parameters. Changes `model`, returns it.
+
+    skip: ``skip(name, module)`` true leaves that layer as it is (embeddings' twin heads, widths that are not multiples of 16).
+    scaling: puts each converted weight under automatic scaling, where the recipe predicts scales; the caller attaches the optimizer.
+    Subclasses of `torch.nn.Linear` are left alone. Raises ValueError if nothing was converted.
+    """
+    recipe = from_name(recipe) if isinstance(recipe, str) else recipe
+    chosen = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear and not (skip is not None and skip(n, m))]
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} holds no torch.nn.Linear to convert to recipe {recipe.name!r}, or skip rejected every one")
+    for name, old in chosen:
+        new = Linear(old.in_features, old.out_features, bias=False, recipe=recipe, device="meta")
+        new.weight, new.bias = old.weight, old.bias
+        new.train(old.training)
+        if scaling is not None and recipe.quantize and recipe.weight_scale == "predicted":
+            scaling.track(new.weight)
+        if name == "":
+            return new
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
