@@ -4,7 +4,8 @@
     dgrad   dx[T, K] = dy[T, N] w^T[K, N]^T   rows of dy and one scale of w
     wgrad   dw[N, K] = dy^T[N, T] x^T[K, T]^T column blocks of dy and x: the transposed folds, made here and dropped after the product
 
-x and dy are quantised once each; the payload of x made for fprop is what backward keeps. `nn.linear` and `te` both stand on these functions and add no arithmetic.
+x and dy are quantised once each; the payload of x made for fprop is what backward keeps. `nn.linear` and `te` both stand on these functions and add no
+arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_alignment(device: torch.device, **dims: int) -> None:
     for name, value in dims.items():
         if value % ALIGNMENT:
             raise ValueError(
-                f"FP8 products need {name} to be a multiple of {ALIGNMENT}, got {value}; pad it (tokens: sequence length x micro batch), or leave this layer in bf16"
+                f"FP8 products need {name} to be a multiple of {ALIGNMENT}, got {value}; "
+                "pad it (tokens: sequence length x micro batch), or leave this layer in bf16"
             )
 
 

@@ -1,0 +1,167 @@
+"""Work-arounds for TransformerEngine, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go.
+
+Tested with 2.20.2. `require_transformer_engine` refuses versions outside [2.19, 2.21) before anything is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+from typing import Any
+
+SUPPORTED = ((2, 19), (2, 21))
+_MARK = "_fp8_recipes_original"
+
+
+def require_transformer_engine() -> None:
+    """ImportError if TransformerEngine is missing, RuntimeError if its version is outside the tested range."""
+    try:
+        version = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        raise ImportError("fp8_recipes.te needs TransformerEngine: pip install 'fp8_recipes[te]'") from None
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if not SUPPORTED[0] <= found < SUPPORTED[1]:
+        raise RuntimeError(
+            f"TransformerEngine {version} is untested with fp8_recipes (tested: 2.19 to 2.20.x); install 'transformer-engine>=2.19,<2.21' "
+            "or run with a stock recipe"
+        )
+
+
+def install() -> None:
+    """Apply every shim once."""
+    require_transformer_engine()
+    _own_products()
+    _bias_gradient()
+    _fused_swiglu()
+    _stateless_checkpoint()
+
+
+def _replace(module: Any, name: str, wrapper: Any) -> None:
+    """Put ``wrapper(original)`` in place of ``module.name`` unless that was done before."""
+    original = getattr(module, name)
+    if hasattr(original, _MARK):
+        return
+    replacement = functools.wraps(original)(wrapper(original))
+    setattr(replacement, _MARK, original)
+    setattr(module, name, replacement)
+
+
+def _own_products() -> None:
+    """``cpp_extensions.gemm.custom_gemm``: products of our storages.
+
+    Upstream's version (2.9 to 2.20) drops ``out`` and ``accumulate``, so that with fused wgrad accumulation main_grad is silently not written, and takes a
+    layout "NT" call without ``grad=True`` (LayerNormMLP's fc1 wgrad) for a forward product. Ours takes the product from the layout alone and writes where it
+    is told. Calls with foreign storages go to upstream unchanged. Can go when upstream's custom_gemm forwards out, accumulate and layout to ``qgemm``.
+    """
+    from transformer_engine.pytorch.cpp_extensions import gemm
+
+    from ..nn import products
+    from .quantizers import QuantizedActivation, QuantizedWeight
+
+    def wrapper(original: Any) -> Any:
+        def custom_gemm(  # noqa: PLR0913 - upstream's signature
+            A: Any,
+            B: Any,
+            workspace: Any,
+            out_dtype: Any = None,
+            quantization_params: Any = None,
+            gelu: bool = False,
+            gelu_in: Any = None,
+            accumulate: bool = False,
+            layout: str = "TN",
+            out: Any = None,
+            bias: Any = None,
+            use_split_accumulator: bool = False,
+            grad: bool = False,
+        ) -> tuple[Any, None, None, None]:
+            ours = (QuantizedActivation, QuantizedWeight)
+            if not isinstance(A, ours) and not isinstance(B, ours):
+                return original(
+                    A, B, workspace, out_dtype, quantization_params, gelu, gelu_in, accumulate, layout, out, bias, use_split_accumulator, grad
+                )
+            if gelu or gelu_in is not None:
+                raise RuntimeError("fp8_recipes has no GEMM with fused GELU; this is a call that TransformerEngine 2.20 does not make under a custom recipe")
+            dtype = out_dtype or B.dtype
+            if layout == "NT":  # dw = dy^T x
+                y = products.wgrad(B.operand(), A.operand(), B._quantizer.recipe, out_dtype=dtype, out=out, accumulate=accumulate)
+            elif layout == "TN":  # y = x w^T
+                y = _into(products.fprop(B.operand(), A.operand, bias=bias, out_dtype=dtype), out, accumulate)
+            else:  # "NN": dx = dy w
+                y = _into(products.dgrad(B.operand(), A.operand, out_dtype=dtype), out, accumulate)
+            return y, None, None, None
+
+        return custom_gemm
+
+    _replace(gemm, "custom_gemm", wrapper)
+
+
+def _into(y: Any, out: Any, accumulate: bool) -> Any:
+    if out is None:
+        return y
+    return out.add_(y) if accumulate else out.copy_(y)
+
+
+def _bias_gradient() -> None:
+    """``tex.bgrad_quantize``: bias gradient and cast of dy for Python quantizers.
+
+    The C++ function matches quantizers by exact type and throws on any other ("Unexpected type for quantizer"), so every layer with a bias fails in backward.
+    Can go when grad_output_preprocess treats custom quantizers like Float8BlockQuantizer (sum, then quantise).
+    """
+    import transformer_engine_torch as tex
+
+    from .quantizers import FP8Quantizer
+
+    def wrapper(original: Any) -> Any:
+        def bgrad_quantize(grad_output: Any, quantizer: Any) -> Any:
+            if not isinstance(quantizer, FP8Quantizer):
+                return original(grad_output, quantizer)
+            return grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0), quantizer(grad_output)
+
+        return bgrad_quantize
+
+    _replace(tex, "bgrad_quantize", wrapper)
+
+
+def _fused_swiglu() -> None:
+    """``layernorm_mlp._act_func``: SwiGLU and its backward with the quantisation fused, as TransformerEngine has for its own delayed scaling.
+
+    For custom recipes upstream runs the activation in bf16, sums a bias gradient nobody asked for over dY [T, 2F], and casts afterwards: three more passes.
+    Its table of activations has a slot for a fused backward, which we fill; the slot is not told whether the layer has a bias, so ``_get_quantizers`` tells
+    the quantizer. Can go when the table can be extended by recipes.
+    """
+    from transformer_engine.pytorch.module import layernorm_mlp
+
+    from .quantizers import FP8Quantizer
+
+    def wrapper(original: Any) -> Any:
+        def _act_func(activation: str, recipe: Any = None) -> Any:
+            from .factory import fused_swiglu
+
+            unfused = original(activation, recipe)
+            return (fused_swiglu(recipe, unfused) or unfused) if activation == "swiglu" else unfused
+
+        return _act_func
+
+    def tell_bias(original: Any) -> Any:
+        def _get_quantizers(self: Any, *args: Any, **kwargs: Any) -> Any:
+            quantizers = original(self, *args, **kwargs)
+            for quantizer in quantizers:
+                if isinstance(quantizer, FP8Quantizer):
+                    quantizer.needs_bias_gradient = self.use_bias
+            return quantizers
+
+        return _get_quantizers
+
+    _replace(layernorm_mlp, "_act_func", wrapper)
+    _replace(layernorm_mlp.LayerNormMLP, "_get_quantizers", tell_bias)
+
+
+def _stateless_checkpoint() -> None:
+    """``_extra_state._RECIPE_POLICIES``: our recipe carries no state.
+
+    Without the entry TransformerEngine pickles the recipe object into every module's extra state and then refuses to load it. Can go when CustomRecipe
+    subclasses can declare it.
+    """
+    from transformer_engine.pytorch import _extra_state
+
+    _extra_state._RECIPE_POLICIES[("fp8_recipes.te.factory", "FP8Recipe")] = _extra_state.CheckpointExtraStatePolicy.STATELESS

@@ -1,0 +1,90 @@
+"""Shims and the TransformerEngine side, as far as they can be tested without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from importlib import metadata
+
+import pytest
+
+from fp8_recipes import RecipeError
+
+
+def test_missing_transformer_engine_says_what_to_install(monkeypatch):
+    from fp8_recipes.te import shims
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ImportError, match=r"pip install 'fp8_recipes\[te\]'"):
+        shims.require_transformer_engine()
+
+
+@pytest.mark.parametrize("version", ("2.18.0", "2.21.0", "3.0"))
+def test_untested_version_is_refused(monkeypatch, version):
+    from fp8_recipes.te import shims
+
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with pytest.raises(RuntimeError, match=f"{version}.*untested"):
+        shims.require_transformer_engine()
+
+
+def _te_or_skip():
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("TransformerEngine is not installed")
+    try:
+        import torch  # noqa: F401
+        import transformer_engine.pytorch as te
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"TransformerEngine does not import here: {error}")
+    return te
+
+
+def test_recipe_object_is_one_per_value_and_pickles():
+    _te_or_skip()
+    from fp8_recipes.te import recipe
+
+    assert recipe("moss") is recipe("moss")
+    assert recipe("moss:interval=500") is recipe("moss")
+    assert recipe("moss") != recipe("row")
+    factory = recipe("moss").qfactory
+    assert pickle.loads(pickle.dumps(factory)) == factory
+
+
+def test_bf16_has_no_te_recipe():
+    _te_or_skip()
+    from fp8_recipes.te import recipe
+
+    with pytest.raises(RecipeError, match="without te.autocast"):
+        recipe("bf16")
+
+
+def test_install_is_idempotent():
+    _te_or_skip()
+    from transformer_engine.pytorch.cpp_extensions import gemm
+
+    from fp8_recipes.te import install
+
+    install()
+    first = gemm.custom_gemm
+    install()
+    assert gemm.custom_gemm is first
+
+
+def test_factory_by_role():
+    te = _te_or_skip()
+    from transformer_engine.pytorch import IdentityQuantizer, QuantizerRole
+
+    from fp8_recipes.te import recipe
+    from fp8_recipes.te.quantizers import FP8Quantizer
+
+    factory = recipe("moss").qfactory
+    assert te is not None
+    for kind in ("input", "weight", "grad_output"):
+        q = factory(QuantizerRole(module_type="linear", tensor_type=kind))
+        assert isinstance(q, FP8Quantizer) and q.tensor_type == kind
+    assert isinstance(factory(None), IdentityQuantizer)
+    with pytest.raises(RecipeError, match="GroupedLinear"):
+        factory(QuantizerRole(module_type="grouped_linear", tensor_type="input"))
