@@ -4,14 +4,15 @@
     dx = dy w       dgrad: dy quantised once, folded to rows; w under the same scale, payload transposed
     dw = dy^T x     wgrad: the two payloads above, folded to column blocks and transposed
 
-Saved for backward: the payload and scales of x (1 byte per value) and references to the weight and its maximum. No bf16 copy of x, no transposed copy of anything.
+Saved for backward: the payload and scales of x (1 byte per value) and references to the weight and its maximum. No bf16 copy of x, no transposed
+copy of anything.
 The FP8 tensors stay inside the autograd function: what flows between layers is bf16 (or fp32).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +61,15 @@ def fp8_linear(
     The gradient of a weight that has ``main_grad`` is added there and ``weight.grad`` stays None. No tokens: y is empty, all gradients are zero.
     Raises ValueError on shapes that do not fit and, on CUDA, on extents that are not multiples of 16; TypeError on other dtypes.
     """
+    _check_inputs(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    _check_inputs(x, weight, bias)
     if not recipe.quantize:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if recipe.weight_cache != "none":
         raise RecipeError(
-            f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; use weight_cache=none"
+            f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; "
+            "use weight_cache=none"
         )
     if x.is_cuda and recipe.folded:
         check_alignment(x.numel() // x.shape[-1], weight.shape[1], weight.shape[0])
@@ -250,7 +252,7 @@ def convert(
         new.weight, new.bias = old.weight, old.bias
         new.train(old.training)
         if scaling is not None and recipe.quantize and recipe.weight_scale == "predicted":
-            scaling.track(new.weight)
+            scaling.track(cast(torch.nn.Parameter, old.weight))
         if name == "":
             return new
         parent, _, leaf = name.rpartition(".")
