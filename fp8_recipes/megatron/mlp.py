@@ -1,0 +1,86 @@
+"""Megatron's dense MLP through `te.mlp`: same module, same parameters, same checkpoint, another forward.
+
+Chosen per call by one rule (`fused_options`), printed in the start-up report, and only an optimisation: what does not qualify (tensor parallelism, biases,
+other activations) runs through TransformerEngine's modules under the same recipe, in FP8 too.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ..te.factory import FP8Recipe
+from ..te.mlp import Options, norm_swiglu_mlp
+
+
+def active_recipe() -> Any:
+    """The fp8_recipes `Recipe` of the autocast in force, or None."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    if not FP8GlobalStateManager.is_fp8_enabled():
+        return None
+    recipe = FP8GlobalStateManager.get_fp8_recipe()
+    return recipe.qfactory.recipe if isinstance(recipe, FP8Recipe) else None
+
+
+def static_reason(mlp: Any) -> str | None:
+    """Why this MLP can never take the fused way, or None. Looks at configuration only, so the start-up report can print it."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
+    checks = (
+        (type(fc1) is TELayerNormColumnParallelLinear and type(fc2) is TERowParallelLinear, "its linears are not TransformerEngine's fused-norm pair"),
+        (config.gated_linear_unit and config.activation_func is torch.nn.functional.silu, "its activation is not SwiGLU"),
+        (not config.use_te_activation_func, "--use-te-activation-func"),
+        (config.activation_func_clamp_value is None and not config.glu_linear_offset, "a clamped or shifted SwiGLU"),
+        (not config.add_bias_linear, "its linears have a bias"),
+        (config.normalization == "RMSNorm", f"--normalization {config.normalization}"),
+        (config.tensor_model_parallel_size == 1, "tensor parallelism"),
+        (not config.delay_wgrad_compute, "--delay-wgrad-compute"),
+        (not config.cpu_offloading, "--cpu-offloading"),
+        (not config.activation_func_fp8_input_store, "--activation-func-fp8-input-store"),
+        (getattr(fc1, "te_quant_params", None) is None and getattr(fc2, "te_quant_params", None) is None, "a per-module precision"),
+    )
+    return next((reason for ok, reason in checks if not ok), None)
+
+
+def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Options | None:
+    """`Options` if this call takes the fused way, else None."""
+    recipe = active_recipe()
+    if recipe is None or not recipe.folded or per_token_scale is not None or kwargs or static_reason(mlp) is not None:
+        return None
+    fc1 = mlp.linear_fc1
+    first = None if fc1.disable_parameter_transpose_cache else fc1.is_first_microbatch
+    return Options(
+        recipe=recipe,
+        eps=fc1.eps,
+        zero_centered_gamma=fc1.zero_centered_gamma,
+        fuse_wgrad=fc1.fuse_wgrad_accumulation,
+        accumulate=not first,
+    )
+
+
+def _before_forward(mlp: Any) -> None:
+    """Fire the linears' own pre-forward hooks: DistributedDataParallel waits there for gathered parameters, and the fused way does not call the modules."""
+    for module in chain(mlp.linear_fc1.modules(), mlp.linear_fc2.modules()):
+        for hook in module._forward_pre_hooks.values():
+            if hook(module, None) is not None:
+                raise RuntimeError(f"a pre-forward hook of {type(module).__name__} changes its input, which the fused MLP never builds; remove the hook")
+
+
+def forward(original: Any) -> Any:
+    """``MLP.forward`` with the fused way in front of the original."""
+
+    def mlp_forward(self: Any, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        options = fused_options(self, per_token_scale, kwargs)
+        if options is None:
+            return original(self, hidden_states, per_token_scale, **kwargs)
+        _before_forward(self)
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        y = norm_swiglu_mlp(hidden_states, fc1.layer_norm_weight, fc1.weight, fc2.weight, options)
+        fc1.is_first_microbatch = fc2.is_first_microbatch = False
+        return y, None
+
+    return mlp_forward
