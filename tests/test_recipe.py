@@ -1,0 +1,139 @@
+"""Recipes are validated values: every refusal has a message that names the value and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fp8_recipes
+from fp8_recipes.formats import E4M3, E5M2
+from fp8_recipes.recipe import RECIPES, Recipe, RecipeError, from_name, from_yaml
+
+
+@pytest.mark.parametrize("name", ["moss", "moss_exact", "tile", "row", "bf16"])
+def test_named_recipes_exist_and_carry_their_name(name: str) -> None:
+    assert from_name(name) is not None
+    assert from_name(name).name == name
+    assert from_name(name) == RECIPES[name]
+
+
+def test_what_the_named_recipes_are() -> None:
+    moss = from_name("moss")
+    assert (moss.activation_granularity, moss.grad_granularity, moss.weight_granularity) == ("micro", "micro", "tensor")
+    assert (moss.weight_scale, moss.interval, moss.folded, moss.global_scale) == ("predicted", 500, True, "unit")
+    assert (moss.activation_format, moss.weight_format, moss.grad_format) == (E4M3, E4M3, E4M3)
+    exact = from_name("moss_exact")
+    assert (exact.folded, exact.global_scale, exact.activation_granularity) == (False, "measured", "micro")
+    tile = from_name("tile")
+    assert (tile.activation_granularity, tile.grad_granularity, tile.weight_granularity, tile.folded) == ("tile", "tile", "block", False)
+    assert not from_name("bf16").quantize
+
+
+def test_overrides_are_typed() -> None:
+    recipe = from_name("moss:interval=200,grad=e5m2, promote = 0 ,quantize=true")
+    assert (recipe.interval, recipe.promote, recipe.quantize) == (200, 0, True)
+    assert recipe.grad_format is E5M2
+    assert recipe == dataclasses.replace(RECIPES["moss"], interval=200, promote=0, grad="e5m2")
+    assert from_name("moss:") == RECIPES["moss"]
+    assert from_name("row:quantize=False").quantize is False
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mos", r"unknown recipe 'mos'; known: moss, moss_exact, tile, row, bf16 \(did you mean moss"),
+        ("zzz", r"unknown recipe 'zzz'; known: .*bf16$"),
+        ("moss:intervall=3", r"recipe 'moss' has no key 'intervall' \(did you mean interval.*\); keys: name, activation"),
+        ("moss:interval", r"'moss:interval': override 'interval' must be key=value"),
+        ("moss:interval=often", r"recipe 'moss': interval='often' must be an integer"),
+        ("moss:interval=0", r"interval=0 must be at least 1 step; use weight_scale=measured"),
+        ("moss:promote=100", r"promote=100 must be 0 \(never\) or a multiple of 128"),
+        ("moss:promote=-128", r"promote=-128 must be 0 \(never\) or a multiple of 128"),
+        ("moss:quantize=yes", r"quantize='yes' must be true or false"),
+        ("moss:grad=e5m3", r"grad='e5m3' is not one of e4m3, e5m2 \(did you mean e5m2 or e4m3\?\)"),
+        ("moss:activation=fp8", r"activation='fp8' is not one of e4m3, e5m2"),
+        ("moss:weight=fp4", r"weight='fp4' is not one of e4m3, e5m2"),
+        ("row:activation_granularity=tensor", r"activation_granularity='tensor' is not one of micro, tile, row"),
+        ("row:grad_granularity=block", r"grad_granularity='block' is not one of micro, tile, row"),
+        ("row:weight_granularity=row", r"weight_granularity='row' is not one of tensor, block"),
+        ("row:fold=rows", r"fold='rows' is not one of row, none \(did you mean row\?\)"),
+        ("row:wgrad_fold=column", r"wgrad_fold='column' is not one of column_block, tensor \(did you mean column_block\?\)"),
+        ("moss_exact:global_scale=mesured", r"global_scale='mesured' is not one of unit, measured \(did you mean measured\?\)"),
+        ("row:weight_scale=delayed", r"weight_scale='delayed' is not one of predicted, measured"),
+        ("row:weight_cache=all", r"weight_cache='all' is not one of none, row"),
+        ("row:weight_granularity=block", r"weight_granularity=block changes along K; use fold=none with it"),
+        ("moss:global_scale=measured", r"an FP32 global scale cannot be folded; use global_scale=unit, or fold=none"),
+        ("row:fold=none,global_scale=measured", r"global_scale=measured belongs to micro granularity; set activation_granularity=micro"),
+        ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),
+    ],
+)
+def test_refusals(spec: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        from_name(spec)
+
+
+def test_a_refusal_is_a_value_error() -> None:
+    assert issubclass(RecipeError, ValueError)
+
+
+def test_frozen_hashable_and_printable() -> None:
+    recipe = from_name("moss")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.interval = 3  # type: ignore[misc]
+    assert len({recipe, from_name("moss"), from_name("moss:interval=3")}) == 2
+    text = str(from_name("moss:interval=3"))
+    assert text.startswith("moss(activation=e4m3")
+    for field in dataclasses.fields(Recipe):
+        assert field.name == "name" or f"{field.name}={getattr(from_name('moss:interval=3'), field.name)}" in text
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_yaml_round_trip_of_every_named_recipe(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="pyyaml is needed to read recipes from files")
+    for recipe in RECIPES.values():
+        path = write(tmp_path / f"{recipe.name}.yaml", yaml.safe_dump(dataclasses.asdict(recipe)))
+        assert from_yaml(path) == recipe
+
+
+def test_yaml_base_name_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: moss:promote=512\nname: mine\ninterval: 100\n")
+    assert from_yaml(path) == dataclasses.replace(RECIPES["moss"], name="mine", promote=512, interval=100)
+    assert from_yaml(str(path), "interval=7").interval == 7
+    bare = from_yaml(write(tmp_path / "bare.yaml", "activation_granularity: tile\n"))
+    assert (bare.name, bare.activation_granularity) == ("bare", "tile")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- moss\n", "expected a mapping of recipe fields, got list"),
+        ("", "expected a mapping of recipe fields, got NoneType"),
+        ("1: moss\n", r"recipe keys must be words, got \[1\]"),
+        ("base: 3\n", "unknown recipe '3'"),
+        ("base: moss\nintervals: 3\n", r"has no key 'intervals' \(did you mean interval"),
+        ("base: moss\ninterval: 1.5\n", "interval=1.5 must be an integer"),
+        ("base: moss\ninterval: true\n", "interval=True must be an integer"),
+        ("base: moss\nfold: [row]\n", r"fold=\"\['row'\]\" is not one of row, none"),
+    ],
+)
+def test_yaml_refusals(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        from_yaml(write(tmp_path / "recipe.yaml", text))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothere.yaml"):
+        from_yaml(tmp_path / "nothere.yaml")
+
+
+def test_public_names() -> None:
+    exported: dict[str, Any] = {name: getattr(fp8_recipes, name) for name in fp8_recipes.__all__}
+    assert exported["from_name"] is from_name
+    assert exported["RECIPES"] is RECIPES
