@@ -84,7 +84,7 @@ class _NormSwiGLU(torch.autograd.Function):
         return dx.view(ctx.shape), dgamma, dw1, dw2, None
 
 
-def _weight_gradient(dy: ScaledTensor, x: ScaledTensor, weight: torch.Tensor, options: Options) -> torch.Tensor:
+def _weight_gradient(dy: ScaledTensor, x: ScaledTensor, weight: Any, options: Options) -> torch.Tensor:
     """wgrad into main_grad with Megatron's protocol (flag set, a placeholder returned as the gradient), or as an ordinary gradient."""
     if not options.fuse_wgrad:
         return products.wgrad(dy, x, options.recipe, out_dtype=weight.dtype)
@@ -92,7 +92,7 @@ def _weight_gradient(dy: ScaledTensor, x: ScaledTensor, weight: torch.Tensor, op
 
     overwrite = getattr(weight, "overwrite_main_grad", False) or not options.accumulate
     products.wgrad(dy, x, options.recipe, out_dtype=weight.main_grad.dtype, out=weight.main_grad, accumulate=not overwrite)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True
     return get_dummy_wgrad(list(weight.shape), weight.dtype, zero=getattr(weight, "zero_out_wgrad", False))
 
 
