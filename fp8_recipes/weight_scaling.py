@@ -129,7 +129,10 @@ class WeightScaling:
         return state
 
     def reanchor(self) -> None:
-        """Measure every weight again at its next use. The clock starts from zero, as it does in a process that has just loaded the checkpoint: same sums, same bits."""
+        """Measure every weight again at its next use.
+
+        The clock starts from zero, as it does in a process that has just loaded the checkpoint: same sums, same bits.
+        """
         self.generation += 1
         self.travel, self.steps = 0.0, 0
         self.close_step()
@@ -142,13 +145,14 @@ class WeightScaling:
                 f"fp8_recipes: automatic weight scaling has no bound for {type(optimizer).__name__} (known: {', '.join(ADAM_FAMILY)}); "
                 "weights are measured again at every step"
             )
-        for group in optimizer.param_groups:
-            self._reach(group)  # raises now, not at the first step, for betas without a bound
+        else:
+            for group in optimizer.param_groups:
+                self._reach(group)  # betas without a bound raise now, not at the first step
         self.attached = True
         optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        reach = max((self._reach(g) for g in optimizer.param_groups), default=0.0)
+        reach = max((self._reach(g) for g in optimizer.param_groups), default=0.0) if self.bounded else 0.0
         if id(optimizer) in self._stepped:
             self.close_step()
         if not self._stepped:
@@ -160,7 +164,10 @@ class WeightScaling:
         self._stepped.add(id(optimizer))
 
     def close_step(self) -> None:
-        """Whatever optimizer steps next belongs to a new step. A measurement closes the step too: it has seen what came before it and nothing of what comes after."""
+        """Whatever optimizer steps next belongs to a new step.
+
+        A measurement closes the step too: it has seen what came before it and nothing of what comes after.
+        """
         self._stepped.clear()
 
     def _reach(self, group: dict[str, Any]) -> float:

@@ -1,0 +1,178 @@
+"""Our recipes as values of Megatron's ``--fp8-recipe``, and everything that is refused before training.
+
+    --fp8-recipe moss                         a recipe of this package
+    --fp8-recipe moss:interval=200,grad=e5m2  with overrides
+    --fp8-recipe configs/recipes/moss.yaml    from a file
+    --fp8-recipe bf16                         no quantisation, whatever --fp8-format says
+    --fp8-recipe tensorwise                   Megatron's own values keep their meaning
+
+Megatron keeps `args.fp8_recipe` as a string; ours stays the specification, so it reaches `get_fp8_recipe` (see `shims`), checkpoints and logs unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from functools import cache
+from typing import Any
+
+from .. import recipe as recipes
+from ..recipe import Recipe, RecipeError
+from ..weight_scaling import adam_update_bound
+
+STOCK = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
+"""Values of --fp8-recipe that belong to Megatron 0.19."""
+ALIGNMENT = 16
+"""Every matrix dimension of an FP8 product is a multiple of this (16-byte rows for TMA and cuBLAS)."""
+_FSDP = "weight scales live on the parameters, which FSDP replaces; use --use-distributed-optimizer"
+_OFFLOAD = "offloading knows only TransformerEngine's own FP8 tensors; drop the flag"
+
+
+@cache
+def resolve(spec: str) -> Recipe:
+    """The `Recipe` of a specification: a name with overrides, or a YAML file with overrides. Raises RecipeError."""
+    path, _, overrides = spec.partition(":")
+    if path.endswith((".yaml", ".yml")):
+        return recipes.from_yaml(path, overrides)
+    return recipes.from_name(spec)
+
+
+def is_ours(spec: str | None) -> bool:
+    """Is this value of --fp8-recipe one of ours (as opposed to Megatron's own)?"""
+    return spec is not None and str(getattr(spec, "value", spec)) not in STOCK
+
+
+def recipe_type(value: str) -> str:
+    """argparse type of --fp8-recipe: stock values and valid specifications pass, anything else is reported with its near misses."""
+    if value in STOCK:
+        return value
+    name = value.partition(":")[0]
+    if name in STOCK:
+        raise argparse.ArgumentTypeError(f"{value!r}: overrides belong to the recipes of fp8_recipes ({', '.join(recipes.RECIPES)}); {name} takes none")
+    try:
+        resolve(value)
+    except (RecipeError, OSError) as error:
+        near = difflib.get_close_matches(name, STOCK, n=1)
+        hint = f" (did you mean Megatron's {near[0]}?)" if near else f"; Megatron's own: {', '.join(STOCK)}"
+        raise argparse.ArgumentTypeError(str(error) + (hint if name not in recipes.RECIPES else "")) from None
+    return value
+
+
+def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let ``--fp8-recipe`` of a Megatron parser take our recipes and add our own flags. Idempotent."""
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    if "--fp8-recipe" not in actions:
+        raise RuntimeError("this Megatron has no --fp8-recipe flag; install 'megatron-core>=0.19,<0.20'")
+    action = actions["--fp8-recipe"]
+    action.choices = None
+    action.type = recipe_type
+    action.metavar = "RECIPE"
+    action.help = f"fp8_recipes: {', '.join(recipes.RECIPES)}, NAME:key=value,... or a YAML file; Megatron: {', '.join(STOCK)}"
+    if "--fp8-log" not in actions:
+        group = parser.add_argument_group("fp8_recipes")
+        group.add_argument("--fp8-log", metavar="PATH", default=None, help="append one JSON line per iteration: loss at full precision, time, peak memory")
+    return parser
+
+
+def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str]:
+    """Fill in what --fp8-recipe implies, in place; returns notes for the user. Runs before Megatron validates.
+
+    Ours without --fp8-format: e4m3. With ``--fp8-format hybrid``: gradients in E5M2 unless the specification says otherwise. ``bf16``: no FP8 at all.
+    """
+    spec = args.fp8_recipe
+    if not is_ours(spec):
+        given = any(item == "--fp8-recipe" or item.startswith("--fp8-recipe=") for item in (sys.argv if argv is None else argv))
+        if given and args.fp8 is None:
+            return [f"--fp8-recipe {spec} does nothing without --fp8-format: this run trains in bf16 (add --fp8-format hybrid or e4m3)"]
+        return []
+    if not resolve(spec).quantize:
+        args.fp8, args.fp8_recipe = None, "delayed"
+        return [f"--fp8-recipe {spec}: every product in bf16"]
+    if args.fp8 is None:
+        args.fp8 = "e4m3"
+    elif args.fp8 == "hybrid" and "grad=" not in spec and resolve(spec).grad != "e5m2":
+        args.fp8_recipe = f"{spec},grad=e5m2" if ":" in spec else f"{spec}:grad=e5m2"
+        return [f"--fp8-format hybrid: gradients in E5M2 ({args.fp8_recipe}); leave the flag out for this recipe's own formats"]
+    return []
+
+
+def validate(args: argparse.Namespace) -> list[str]:
+    """Everything that our recipe cannot honour in these (parsed, not yet validated) Megatron arguments. One sentence each: flag, reason, way out."""
+    if not is_ours(args.fp8_recipe) or args.fp8 is None:
+        return []
+    return _refused_flags(args) + _refused_optimizer(args) + _misaligned(args)
+
+
+def _refused_flags(args: argparse.Namespace) -> list[str]:
+    spec = args.fp8_recipe
+    num_experts, cuda_graph = getattr(args, "num_experts", None), getattr(args, "cuda_graph_impl", "none")
+    rules: list[tuple[Any, str]] = [
+        (args.transformer_impl != "transformer_engine", f"--transformer-impl {args.transformer_impl}: only transformer_engine has FP8 layers; use it"),
+        (not args.bf16, "--bf16 is missing: parameters and outputs are bf16 under these recipes (fp16 and fp32 are untested)"),
+        (
+            num_experts is not None,
+            f"--num-experts {num_experts}: {spec} is a dense recipe and TransformerEngine's GroupedLinear cannot dispatch a custom product; "
+            "use --fp8-recipe blockwise or tensorwise for MoE",
+        ),
+        (args.fp8_param_gather, "--fp8-param-gather: parameters stay bf16 here (FP8 copies of weights are transient); drop the flag"),
+        (getattr(args, "fp4", None) is not None, f"--fp4-format {getattr(args, 'fp4', None)}: exclusive with an FP8 recipe; drop one of them"),
+        (getattr(args, "fp8_output_proj", False), "--fp8-output-proj: the LM head runs in bf16 here (upstream offers it for mxfp8 only); drop the flag"),
+        (not getattr(args, "fp8_wgrad", True), f"--no-fp8-wgrad: an option of delayed scaling; {spec} has no bf16 wgrad. Drop the flag"),
+        (getattr(args, "fp8_quantizer_factory", None) is not None, f"--fp8-quantizer-factory: belongs to --fp8-recipe custom, not to {spec}; drop one of them"),
+        (args.tp_comm_overlap, "--tp-comm-overlap: TransformerEngine's userbuffers take no custom quantizers; drop the flag"),
+        (
+            cuda_graph not in (None, "none") or getattr(args, "enable_cuda_graph", False) or getattr(args, "external_cuda_graph", False),
+            f"--cuda-graph-impl {cuda_graph}: a captured graph would freeze the predicted weight scales; use --cuda-graph-impl none",
+        ),
+        (
+            getattr(args, "use_transformer_engine_op_fuser", False),
+            "--use-transformer-engine-op-fuser: te.ops hands our quantizers to C++ kernels that do not know them; drop the flag",
+        ),
+        (getattr(args, "use_megatron_fsdp", False), f"--use-megatron-fsdp: {_FSDP}"),
+        (getattr(args, "use_torch_fsdp2", False), f"--use-torch-fsdp2: {_FSDP}"),
+        (getattr(args, "cpu_offloading_num_layers", 0) > 0, f"--cpu-offloading-num-layers: {_OFFLOAD}"),
+        (getattr(args, "fine_grained_activation_offloading", False), f"--fine-grained-activation-offloading: {_OFFLOAD}"),
+    ]
+    return [message for wrong, message in rules if wrong]
+
+
+def _refused_optimizer(args: argparse.Namespace) -> list[str]:
+    if resolve(args.fp8_recipe).weight_scale != "predicted" or getattr(args, "optimizer", "adam") != "adam":
+        return []  # other optimizers are measured at every step and announced by the hook
+    try:
+        adam_update_bound(args.adam_beta1, args.adam_beta2)
+    except ValueError as error:
+        name = args.fp8_recipe
+        return [f"--adam-beta1 {args.adam_beta1} --adam-beta2 {args.adam_beta2}: {error}: {name}{',' if ':' in name else ':'}weight_scale=measured"]
+    return []
+
+
+def matrix_dimensions(args: argparse.Namespace) -> dict[str, int]:
+    """Dimensions of the FP8 products on one rank, by the flags that set them."""
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    heads = args.num_attention_heads
+    ffn = args.ffn_hidden_size or (int(4 * args.hidden_size * 2 / 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size)
+    channels = args.kv_channels or args.hidden_size // heads
+    groups = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
+    tokens = args.seq_length * args.micro_batch_size // cp // (tp if args.sequence_parallel else 1)
+    return {
+        "--hidden-size": args.hidden_size,
+        f"--ffn-hidden-size / TP {tp}": ffn // tp,
+        f"--num-attention-heads * --kv-channels / TP {tp}": heads * channels // tp,
+        f"(heads + 2 * groups) * --kv-channels / TP {tp}": (heads + 2 * groups) * channels // tp,
+        "tokens of a microbatch on one rank (--seq-length * --micro-batch-size / CP / TP with --sequence-parallel)": tokens,
+    }
+
+
+def _misaligned(args: argparse.Namespace) -> list[str]:
+    if None in (args.hidden_size, args.num_attention_heads, args.seq_length, args.micro_batch_size):
+        return []  # Megatron names the missing flag itself
+    return [f"{name} is {size}: FP8 products need multiples of {ALIGNMENT}" for name, size in matrix_dimensions(args).items() if size % ALIGNMENT]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise RecipeError with every problem that `validate` finds."""
+    problems = validate(args)
+    if problems:
+        raise RecipeError(f"--fp8-recipe {args.fp8_recipe} cannot be honoured:\n" + "\n".join(f"  - {p}" for p in problems))

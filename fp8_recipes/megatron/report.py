@@ -1,0 +1,153 @@
+"""What the user is told at start (which layer runs what) and what is kept of every iteration (JSON lines)."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from . import arguments
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
+    """Table of this rank's modules: name, layers, weight shape, precision. Layers of one name, shape and precision share a row."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for chunk in chunks:
+        for name, shape, precision, layer in _modules(args, chunk):
+            rows.setdefault((name, shape, precision), []).append(layer)
+    spec = str(args.fp8_recipe)
+    title = f"fp8_recipes {__version__}: --fp8-recipe {spec}"
+    if getattr(args, "fp8", None) and arguments.is_ours(spec):
+        title += f"\n  {arguments.resolve(spec)}"
+    body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
+    widths = [max(len(row[column]) for row in body) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+    return "\n".join([title, *("  " + line for line in lines)])
+
+
+def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int]]:
+    """(name without layer number, weight shape, precision, global layer number or -1) of every module that multiplies or normalises."""
+    from transformer_engine.pytorch import LayerNormLinear, LayerNormMLP, Linear
+
+    found: list[tuple[str, str, str, int]] = []
+    layers: dict[str, int] = {}
+    for path, module in chunk.named_modules():
+        path = re.sub(r"^(module\.)+", "", path)
+        if hasattr(module, "layer_number") and re.search(r"layers\.\d+$", path):
+            layers[path] = int(module.layer_number)
+        owner = next((layers[prefix] for prefix in layers if path.startswith(prefix + ".")), -1)
+        name = _LAYER.sub("layers.*.", path)
+        weights = [tuple(p.shape) for p in module.parameters(recurse=False)]
+        matrix = next((shape for shape in weights if len(shape) == 2), None)
+        if isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
+            found.append((name, _shape(matrix), _precision(args, module, owner), owner))
+        elif matrix is not None:
+            found.append((name, _shape(matrix), "bf16", owner))
+        elif weights:
+            found.append((name, _shape(weights[0]), "bf16 (norm)", owner))
+        elif path.endswith("core_attention"):
+            found.append((name, "-", "bf16 (attention)", owner))
+    return found
+
+
+def _precision(args: Any, module: Any, layer: int) -> str:
+    override = getattr(module, "te_quant_params", None)
+    if override is not None:
+        recipe = override.training_recipe
+        chosen = recipe.custom_recipe_factory or recipe.fp8_quantization_recipe
+        return f"FP8 {chosen} (precision file)" if chosen else "bf16 (precision file)"
+    if not getattr(args, "fp8", None):
+        return "bf16"
+    if layer > 0 and getattr(args, "first_last_layers_bf16", False):
+        first, last = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
+        if layer <= first or layer > args.num_layers - last:
+            return "bf16 (first / last)"
+    return f"FP8 {str(args.fp8_recipe).partition(':')[0]}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "x".join(map(str, shape)) if shape else "-"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3,7"; modules outside layers -> "-"."""
+    wanted = sorted({n for n in numbers if n > 0})
+    parts: list[list[int]] = []
+    for n in wanted:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "-"
+
+
+class IterationLog:
+    """One JSON line per iteration.
+
+    Keys: iteration, lm_loss, lm_loss_hex (the exact bits), grad_norm, learning_rate, ms (wall time since the last line), peak_mb, skipped.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._last: float | None = None
+
+    def write(self, iteration: int, loss: dict[str, Any], learning_rate: Any, grad_norm: Any, skipped: int) -> None:
+        """Reads the loss from the device, so it waits for the iteration; ``ms`` is therefore the iteration's own time."""
+        values = {key: float(value) for key, value in loss.items()}
+        now = time.perf_counter()
+        line: dict[str, Any] = {"iteration": iteration}
+        for key, value in values.items():
+            line[key.replace(" ", "_")] = value
+            line[key.replace(" ", "_") + "_hex"] = value.hex()
+        line["grad_norm"] = None if grad_norm is None else float(grad_norm)
+        line["learning_rate"] = None if learning_rate is None else float(learning_rate)
+        line["ms"] = None if self._last is None else (now - self._last) * 1e3
+        line["peak_mb"] = peak_mb()
+        line["skipped"] = int(skipped)
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._last = time.perf_counter()
+
+
+def peak_mb() -> float | None:
+    """Largest memory held by tensors since the process began, in MB of 2**20 bytes as Megatron counts; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+
+
+def install_log(path: str) -> None:
+    """Write `IterationLog` lines to ``path`` from ``megatron.training.training.training_log``, on the last rank (the one that has the loss). Idempotent."""
+    from megatron.training import training
+    from megatron.training.utils import is_last_rank
+
+    from .shims import replace
+
+    log = IterationLog(path)
+
+    def wrapper(original: Any) -> Any:
+        def training_log(*values: Any, **kwargs: Any) -> Any:
+            # loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm
+            if is_last_rank():
+                log.write(values[3], values[0], values[2], values[7], values[6])
+            return original(*values, **kwargs)
+
+        return training_log
+
+    replace(training, "training_log", wrapper)
+
+
+def print_summary() -> None:
+    """One machine-readable line per run on rank 0: peak memory over all ranks (`parse_log` reads it)."""
+    peak = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], dtype=torch.float64, device="cuda")
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    allocated, reserved = (int(x) for x in peak.tolist())
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print("fp8_recipes_summary " + json.dumps({"peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved}), flush=True)

@@ -1,0 +1,251 @@
+"""Work-arounds for Megatron-Core, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go.
+
+`install()` is idempotent. It refuses versions that were never tried, before anything is touched. The same changes as diffs: patches/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..recipe import RecipeError
+from . import arguments
+
+SUPPORTED = ((0, 19), (0, 20))
+"""Megatron-Core versions [from, to) that the shims were tried with (0.19.2)."""
+_MARK = "_fp8_recipes_original"
+_STAND_IN = "fused_weight_gradient_mlp_cuda"
+
+
+def require_megatron() -> None:
+    """ImportError if Megatron-Core is missing or lacks megatron.training, RuntimeError if its version is outside the tested range."""
+    version = _megatron_version()
+    if version is None:
+        raise ImportError("fp8_recipes.megatron needs Megatron-Core: pip install 'fp8_recipes[megatron]' (Python 3.12 or newer)")
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if not SUPPORTED[0] <= found < SUPPORTED[1]:
+        raise RuntimeError(
+            f"Megatron-Core {version} is untested with fp8_recipes (tested: 0.19.x); install 'megatron-core>=0.19,<0.20', "
+            "or run this version without fp8_recipes (--fp8-recipe custom --fp8-quantizer-factory needs none of these shims)"
+        )
+    if importlib.util.find_spec("megatron.training") is None:
+        raise ImportError("this Megatron-Core has no megatron.training (only wheels from 0.17 and checkouts do): pip install 'megatron-core>=0.19,<0.20'")
+
+
+def _megatron_version() -> str | None:
+    """Version of the Megatron that ``import megatron.core`` would load, None if there is none. Imports nothing of it.
+
+    A checkout on the path shadows an installed wheel, so the package's own constants are read before the wheel's metadata.
+    """
+    spec = importlib.util.find_spec("megatron")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        info = Path(location) / "core" / "package_info.py"
+        if info.is_file():
+            parts = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", info.read_text(), flags=re.MULTILINE))
+            return ".".join(parts[key] for key in ("MAJOR", "MINOR", "PATCH"))
+    try:
+        return metadata.version("megatron-core") if spec else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def install() -> None:
+    """Apply every shim once. Call it before Megatron parses its arguments."""
+    require_megatron()
+    from ..te.shims import require_transformer_engine
+
+    require_transformer_engine()
+    fused_weight_gradient()  # before megatron.core is imported: it looks for the module at import
+    recipe_flag()
+    early_validation()
+    recipe_of_config()
+    recipe_of_module()
+    dataset_helpers()
+    from .weight_scaling_hook import install as install_weight_scaling
+
+    install_weight_scaling()
+
+
+def replace(module: Any, name: str, wrapper: Any) -> None:
+    """Put ``wrapper(original)`` in place of ``module.name`` unless that was done before."""
+    original = getattr(module, name)
+    if hasattr(original, _MARK):
+        return
+    replacement = functools.wraps(original)(wrapper(original))
+    setattr(replacement, _MARK, original)
+    setattr(module, name, replacement)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def recipe_flag() -> None:
+    """``megatron.training.arguments.add_megatron_arguments``: --fp8-recipe takes our recipes.
+
+    The flag's choices are generated from a Literal in TransformerConfig, and a free specification (``moss:interval=200``) is no fixed choice. Wrapping the
+    parser's builder
+    serves every launcher, ours and people's own. 0.19. Can go when the choices can be extended by plugins.
+    """
+    from megatron.training import arguments as upstream
+
+    def wrapper(original: Any) -> Any:
+        def add_megatron_arguments(parser: Any) -> Any:
+            return arguments.extend_parser(original(parser))
+
+        return add_megatron_arguments
+
+    replace(upstream, "add_megatron_arguments", wrapper)
+
+
+def early_validation() -> None:
+    """``megatron.training.arguments.validate_args``: fill in what our recipe implies and refuse what it cannot honour, before anything is built.
+
+    Without it the user would meet an assertion deep in a layer. 0.19. Stays: it is a feature, not a work-around.
+    """
+    from megatron.training import arguments as upstream
+
+    def wrapper(original: Any) -> Any:
+        def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+            notes = arguments.prepare(args)
+            arguments.check(args)
+            if getattr(args, "rank", 0) == 0:
+                for note in notes:
+                    print(f"fp8_recipes: {note}", flush=True)
+            return original(args, *rest, **kwargs)
+
+        return validate_args
+
+    replace(upstream, "validate_args", wrapper)
+
+
+# --- recipe -----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def recipe_of_config() -> None:
+    """``megatron.core.fp8_utils.get_fp8_recipe``: our specification to our TransformerEngine recipe.
+
+    Upstream's function knows a fixed list and builds a new object at every layer; ours returns one object per recipe, so TransformerEngine keeps its
+    quantizers.
+    0.16 to 0.19. Can go when recipes can be registered by name.
+    """
+    from megatron.core import fp8_utils
+
+    def wrapper(original: Any) -> Any:
+        def get_fp8_recipe(config: Any) -> Any:
+            if not arguments.is_ours(config.fp8_recipe):
+                return original(config)
+            from .. import te
+
+            return te.recipe(arguments.resolve(str(config.fp8_recipe)))
+
+        return get_fp8_recipe
+
+    replace(fp8_utils, "get_fp8_recipe", wrapper)
+
+
+def recipe_of_module() -> None:
+    """``megatron.core.fp8_utils._get_custom_recipe``: our recipes in ``--te-precision-config-file`` and ``--fp8-quantizer-factory``.
+
+    ``custom_recipe_factory: fp8_recipes.megatron.factories.moss`` names a quantizer factory; upstream wraps it in a bare CustomRecipe, whose object is
+    pickled into
+    checkpoints and then refused at load. For our factories this returns the same stateless recipe object as the flag. Can go with `recipe_of_config`.
+    """
+    from megatron.core import fp8_utils
+
+    def wrapper(original: Any) -> Any:
+        def _get_custom_recipe(path: str) -> Any:
+            from . import factories
+
+            name = factories.recipe_name(path)
+            if name is None:
+                return original(path)
+            from .. import te
+
+            return te.recipe(name)
+
+        return _get_custom_recipe
+
+    replace(fp8_utils, "_get_custom_recipe", wrapper)
+
+
+# --- things that the released wheel lacks -----------------------------------------------------------------------------------------------------------------
+
+
+def dataset_helpers() -> None:
+    """``megatron.core.datasets.utils.compile_helpers``: do not run make where the wheel ships the compiled helpers and no Makefile.
+
+    initialize_megatron calls it unconditionally and exits when make fails, so the released wheel cannot train. 0.17 to 0.19. Can go when compile_helpers
+    tries the import first.
+    """
+    from megatron.core.datasets import utils
+
+    def wrapper(original: Any) -> Any:
+        def compile_helpers() -> None:
+            no_makefile = not (Path(utils.__file__).parent / "Makefile").is_file()
+            if no_makefile and importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+                return
+            original()
+
+        return compile_helpers
+
+    replace(utils, "compile_helpers", wrapper)
+
+
+def fused_weight_gradient() -> None:
+    """Module ``fused_weight_gradient_mlp_cuda`` of apex: a stand-in with the two functions that Megatron calls.
+
+    gradient_accumulation_fusion is on by default and the LM head (Megatron's own ColumnParallelLinear) demands apex for it; TransformerEngine's linears do
+    not. A real apex is
+    left alone. 0.16 to 0.19. Can go when tensor_parallel/layers.py accumulates through TransformerEngine's general_gemm, as it does for FSDP.
+    """
+    if _STAND_IN in sys.modules or importlib.util.find_spec(_STAND_IN) is not None:
+        return
+    module = types.ModuleType(_STAND_IN, "Stand-in by fp8_recipes for apex's extension: weight gradient accumulated into main_grad.")
+    module.wgrad_gemm_accum_fp32 = accumulate_weight_gradient  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp16 = accumulate_weight_gradient  # type: ignore[attr-defined]
+    sys.modules[_STAND_IN] = module
+    for name in ("megatron.core.tensor_parallel.layers", "megatron.core.utils"):
+        imported: Any = sys.modules.get(name)
+        if imported is not None:  # it looked for apex when it was imported, and remembers that there was none
+            setattr(imported, _STAND_IN, module)
+            if hasattr(imported, "_grad_accum_fusion_available"):
+                imported._grad_accum_fusion_available = True
+
+
+def accumulate_weight_gradient(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """``main_grad += grad_output^T @ total_input``, in place; [tokens, in] and [tokens, out] into [out, in].
+
+    On the GPU TransformerEngine's GEMM adds inside the product, in FP32 (any main_grad dtype, no temporary). torch cannot mix dtypes in addmm, so on the CPU
+    the product is made in
+    main_grad's dtype or FP32, whichever is wider.
+    """
+    if total_input.shape[0] != grad_output.shape[0] or main_grad.shape != (grad_output.shape[1], total_input.shape[1]):
+        raise ValueError(
+            f"shapes do not match: weight gradient {tuple(main_grad.shape)}, grad_output {tuple(grad_output.shape)}, input {tuple(total_input.shape)}; "
+            "expected [out, in], [tokens, out], [tokens, in]"
+        )
+    if total_input.is_cuda:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        general_gemm(total_input, grad_output, out_dtype=main_grad.dtype, layout="NT", grad=True, accumulate=True, out=main_grad)
+        return
+    product = grad_output.float().t() @ total_input.float()
+    main_grad.copy_(main_grad.float() + product)
+
+
+def refuse_wrong_device() -> None:
+    """Raise unless this process's GPU can run the FP8 kernels (compute capability 9.x)."""
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        raise RecipeError(
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; these recipes need Hopper (9.0). "
+            "Use --fp8-recipe bf16, or Megatron's own mxfp8 on Blackwell"
+        )
