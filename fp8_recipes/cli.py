@@ -1,0 +1,74 @@
+"""``fp8-recipes``: demo and recipes. Errors a user can mend exit with code 2 and one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .recipe import RECIPES, Recipe, RecipeError, from_name, from_yaml
+
+
+def describe(recipe: Recipe) -> str:
+    """One line about a recipe, made from its fields."""
+    if not recipe.quantize:
+        return "no quantisation: the baseline"
+
+    def side(granularity: str, fmt: str) -> str:
+        folded = f"{granularity} folded to row" if recipe.folded and granularity != "row" else granularity
+        measured = " under a measured global scale" if granularity == "micro" and recipe.global_scale == "measured" else ""
+        return f"{fmt} {folded}{measured}"
+
+    x, dy = side(recipe.activation_granularity, recipe.activation), side(recipe.grad_granularity, recipe.grad)
+    both = f"x, dy: {x}" if x == dy else f"x: {x}; dy: {dy}"
+    w = f"w: {recipe.weight} per {recipe.weight_granularity}, {recipe.weight_scale} scale"
+    return f"{both}; {w}; {'FP8 products' if recipe.folded else 'exact bf16 products (for checking)'}"
+
+
+def _recipe(spec: str) -> Recipe:
+    """A named recipe with overrides, or a YAML file by its suffix."""
+    path, _, overrides = spec.partition(":")
+    if path.endswith((".yaml", ".yml")):
+        if not Path(path).is_file():
+            raise RecipeError(f"--recipe {path}: no such file; `fp8-recipes recipes` lists the named recipes")
+        return from_yaml(path, overrides)
+    return from_name(spec)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fp8-recipes", description="FP8 training recipes for Megatron-LM and TransformerEngine.")
+    parser.add_argument("--version", action="version", version=f"fp8_recipes {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="train a small GPT on real text in high precision and with a recipe, and compare")
+    demo.add_argument("--recipe", default="moss", help="name, name:key=value,... or a YAML file (default: moss)")
+    demo.add_argument("--steps", type=int, default=None, help="training steps of each run (default: 500)")
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA on a Hopper GPU (default)")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for loss.png, log.jsonl and summary.json (default: runs/demo)")
+    demo.add_argument("--data", type=Path, default=None, help="text file or folder (default: the Python standard library's sources)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    commands.add_parser("recipes", help="list the named recipes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "recipes":
+        for name, recipe in RECIPES.items():
+            print(f"{name:<11} {describe(recipe)}")
+        return 0
+    from .demo import DemoError
+    from .demo_report import run_demo
+
+    try:
+        recipe = _recipe(arguments.recipe)
+        run_demo(recipe, steps=arguments.steps, device=arguments.device, out=arguments.out, data=arguments.data, seed=arguments.seed)
+    except (DemoError, RecipeError) as error:
+        print(f"fp8-recipes: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
