@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Loss of several recipes on the same text, seed and data order; the first recipe is the baseline.
+#
+#   scripts/loss_megatron.sh OUT_DIR [RECIPE...]
+#   MODEL=gpt_104m STEPS=800 TEXT_MB=150 scripts/loss_megatron.sh out bf16 moss tensorwise
+#
+# Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Writes OUT_DIR/RECIPE.jsonl and .log, then
+# OUT_DIR/loss.csv, loss_summary.csv and loss.png. EXTRA: more Megatron flags for every run.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${1:?usage: loss_megatron.sh OUT_DIR [RECIPE...]}
+shift
+[[ $# -gt 0 ]] || set -- bf16 moss tensorwise
+mkdir -p "$out"
+export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+data=${DATA:-}
+if [[ -z "$data" ]]; then
+  data="$out/text"
+  [[ -f "$data.idx" ]] || "$python" -m fp8_recipes.data --out "$data" --max-mb "${TEXT_MB:-150}"
+fi
+read -r -a extra <<<"${EXTRA:-}"
+logs=()
+for recipe in "$@"; do
+  name=${recipe//[:,=\/]/_}
+  rm -f "$out/$name.jsonl"
+  echo "== $recipe -> $out/$name.jsonl"
+  status=0
+  "$here/launch.sh" --model "${MODEL:-gpt_104m}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "${STEPS:-800}" --data "$data" --log "$out/$name.jsonl" \
+    -- --seed "${SEED:-1234}" --data-cache-path "$out/cache" "${extra[@]}" >"$out/$name.log" 2>&1 || status=$?
+  if [[ $status -ne 0 ]]; then
+    tail -n 30 "$out/$name.log" >&2
+    echo "loss_megatron.sh: $recipe ended with status $status; its log is $out/$name.log" >&2
+    exit "$status"
+  fi
+  logs+=("$recipe=$out/$name.jsonl")
+done
+"$python" -m fp8_recipes.megatron.parse_log loss --csv "$out/loss.csv" --png "$out/loss.png" "${logs[@]}"
