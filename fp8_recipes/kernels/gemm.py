@@ -1,0 +1,289 @@
+"""FP8 GEMM on Hopper, scales in the epilogue. Two backends; `uses_torch` is the rule that picks one, and it looks only at the arguments.
+
+**torch._scaled_mm** for a new bf16 result of two E4M3 operands: CUTLASS with one scale per row and column inside torch, or cuBLASLt for two per-tensor scales. Both run at
+the speed of the hardware there (docs/benchmarks), so a kernel of our own would only be more code. ``promote > 0`` selects their split accumulator.
+
+**A persistent Triton kernel** for what they do not do: accumulate into ``out`` (main_grad), write fp32, promote the accumulator at a chosen distance, multiply E5M2.
+One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is written.
+
+Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds it to an FP32 total in registers every `promote` elements of K and clears it. Total and
+accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then spills a few values inside
+that rare branch only, and loads and products keep streaming across it. (A nested loop per promotion drains the pipeline at every one.)
+
+Accumulating into fp32 uses TMA's reduction: the tile is sent once and L2 adds it. Every element is added to exactly once per call, so the result does not depend on
+the order of the programs: two runs give the same bits. (That adder flushes subnormal fp32 numbers to zero.)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..formats import E4M3, format_of
+from ..reference.gemm import check_product
+from ..tensor import ScaledTensor
+from .gemm_configs import BLOCK_K, GemmConfig, select_config
+
+_ALIGNMENT = 16
+"""Bytes: TMA's alignment of base addresses and row strides."""
+
+
+@triton.jit
+def _tile_origin(tile, tiles_m, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of output tile number `tile`: columns of tiles GROUP high, so that neighbours in time share operands in L2."""
+    band = GROUP * tiles_n
+    first = tile // band * GROUP
+    height = min(tiles_m - first, GROUP)
+    inside = tile % band
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def _write(
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    out_desc,
+    out_ptr,
+    scale_a_ptr,
+    scale_b_ptr,
+    bias_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    ROW_A: tl.constexpr,
+    ROW_B: tl.constexpr,
+    STORE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Epilogue: scales, bias, then into ``out`` at (m0, n0) in SUBTILES column slices."""
+    if SUBTILES > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _write(left, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
+               BLOCK_M, HALF, SUBTILES // 2, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+        _write(right, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0 + HALF, M, N,
+               BLOCK_M, HALF, SUBTILES // 2, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+    else:
+        row = m0 + tl.arange(0, BLOCK_M)
+        col = n0 + tl.arange(0, BLOCK_N)
+        if ROW_A:
+            y = acc * tl.load(scale_a_ptr + row, mask=row < M, other=0.0)[:, None]
+        else:
+            y = acc * tl.load(scale_a_ptr)
+        if ROW_B:
+            y = y * tl.load(scale_b_ptr + col, mask=col < N, other=0.0)[None, :]
+        else:
+            y = y * tl.load(scale_b_ptr)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        if STORE == "reduce":
+            out_desc.atomic_add([m0, n0], y)
+        elif STORE == "tma":
+            if ACCUMULATE:
+                y += out_desc.load([m0, n0]).to(tl.float32)
+            out_desc.store([m0, n0], y.to(out_desc.dtype))
+        else:
+            pointer = out_ptr + row.to(tl.int64)[:, None] * N + col[None, :]
+            inside = (row < M)[:, None] & (col < N)[None, :]
+            if ACCUMULATE:
+                y += tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+            tl.store(pointer, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gemm_kernel(
+    a_desc,  # [M, K] FP8
+    b_desc,  # [N, K] FP8
+    out_desc,  # [M, N] bf16 or fp32; None when its alignment rules TMA out
+    out_ptr,
+    scale_a_ptr,  # [M] or [] fp32
+    scale_b_ptr,  # [N] or [] fp32
+    bias_ptr,  # [N] or None
+    M,
+    N,
+    K,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    PROMOTE: tl.constexpr,  # K blocks between promotions, 0 = never
+    ROW_A: tl.constexpr,
+    ROW_B: tl.constexpr,
+    STORE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    mine = tl.cdiv(tiles_m * tiles_n - tl.program_id(0), PROGRAMS)
+    tile = tl.program_id(0) - PROGRAMS
+    m0 = 0
+    n0 = 0
+    k = -1
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PROMOTE > 0:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One loop over the K blocks of all tiles: the loads of the next tile are issued before the epilogue of this one.
+    for _ in range(mine * blocks_k):
+        k = tl.where(k == blocks_k - 1, 0, k + 1)
+        if k == 0:
+            tile += PROGRAMS
+            m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
+        a = a_desc.load([m0, k * BLOCK_K])
+        b = b_desc.load([n0, k * BLOCK_K])
+        acc = tl.dot(a, b.T, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        if k == blocks_k - 1:
+            if PROMOTE > 0:
+                acc += total
+            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
+                   BLOCK_M, BLOCK_N, SUBTILES, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if PROMOTE > 0:
+                total = acc
+        elif PROMOTE > 0:
+            if (k + 1) % PROMOTE == 0:
+                total += acc
+                acc -= acc
+
+
+@functools.lru_cache(maxsize=None)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # Triton's interpreter on the CPU: any number shows that the persistent loop covers every tile once
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_operands(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, out: torch.Tensor | None, out_dtype: torch.dtype, promote: int) -> None:
+    for name, q in (("a", a), ("b", b)):
+        format_of(q.payload.dtype)
+        if q.granularity not in ("row", "tensor"):
+            raise ValueError(f"{name} has {q.granularity} scales, which change along K; fold it first or use gemm_exact")
+        if q.global_scale is not None:
+            raise ValueError(f"{name} has a global scale; multiply it into its {q.granularity} scale first")
+        if not q.payload.is_contiguous():
+            raise ValueError(f"{name} of strides {q.payload.stride()} is not contiguous; call .contiguous()")
+        if q.shape[1] % _ALIGNMENT:
+            raise ValueError(f"K={q.shape[1]} must be a multiple of {_ALIGNMENT}, which TMA needs; pad K of both operands with zeros")
+        if q.payload.data_ptr() % _ALIGNMENT:
+            raise ValueError(f"{name} starts at address {q.payload.data_ptr():#x}, not a multiple of {_ALIGNMENT}; use .clone() of the view")
+        if q.scale.dtype != torch.float32:
+            raise TypeError(f"the scale of {name} must be float32, got {q.scale.dtype}")
+    dtype = out_dtype if out is None else out.dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"the result must be bfloat16 or float32, got {dtype}")
+    if promote < 0 or promote % BLOCK_K:
+        raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {BLOCK_K}")
+    devices = {t.device for t in (a.payload, b.payload, a.scale, b.scale, out, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"operands, scales, bias and out must be on one device, got {sorted(map(str, devices))}")
+
+
+def uses_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, out: torch.Tensor | None, out_dtype: torch.dtype) -> bool:
+    """Does this product go to ``torch._scaled_mm``? True for a new bf16 result of two E4M3 payloads on a GPU whose N is a multiple of 16, bias absent or bf16."""
+    return (
+        out is None
+        and out_dtype == torch.bfloat16
+        and a.payload.is_cuda
+        and a.format == b.format == E4M3
+        and b.shape[0] % _ALIGNMENT == 0
+        and (bias is None or bias.dtype == torch.bfloat16)
+    )
+
+
+def gemm(
+    a: ScaledTensor,
+    b: ScaledTensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
+    promote: int = 0,
+) -> torch.Tensor:
+    """``y[m, n] = scale_a[m] * scale_b[n] * sum_k a[m, k] b[n, k] + bias[n]``. Same signature and meaning as `reference.gemm`.
+
+    a: [M, K], b: [N, K], payload E4M3 or E5M2 (also mixed), granularity row or tensor; K a multiple of 16 (any M and N).
+    out_dtype: bf16 or fp32, of a new result. bias: [N] bf16, fp16 or fp32. out: [M, N] bf16 or fp32, overwritten, or added to with accumulate=True (in fp32, one rounding).
+    promote: elements of K between promotions of the accumulator to FP32, a multiple of 128; 0 = never. In torch's backend any value > 0 means its split accumulator,
+    which promotes more often than that.
+    """
+    check_product(a, b, out, accumulate, bias)
+    _check_operands(a, b, bias, out, out_dtype, promote)
+    m, n = a.shape[0], b.shape[0]
+    if m * n * a.shape[1] == 0:
+        raise ValueError(f"cannot multiply [{m}, {a.shape[1]}] by [{n}, {b.shape[1]}]^T: empty; skip the product when there are no tokens")
+    if uses_torch(a, b, bias, out, out_dtype):
+        return _gemm_torch(a, b, bias, promote)
+    if out is None:
+        out = torch.empty(m, n, dtype=out_dtype, device=a.device)
+    programs = _multiprocessors(a.device)
+    return gemm_persistent(a, b, out, bias=bias, accumulate=accumulate, promote=promote, config=select_config(m, n, programs), programs=programs)
+
+
+def _gemm_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, promote: int) -> torch.Tensor:
+    if a.granularity == b.granularity == "tensor":
+        scale_a, scale_b = a.scale, b.scale
+    else:  # torch takes one scale per row and column or two scalars, nothing between
+        scale_a, scale_b = (q.scale.expand(q.shape[0]).contiguous() for q in (a, b))
+        scale_a, scale_b = scale_a[:, None], scale_b[None, :]
+    return torch._scaled_mm(
+        a.payload, b.payload.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=promote == 0
+    )
+
+
+def gemm_persistent(
+    a: ScaledTensor,
+    b: ScaledTensor,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    accumulate: bool = False,
+    promote: int = 0,
+    config: GemmConfig,
+    programs: int,
+) -> torch.Tensor:
+    """The Triton kernel with a given config on `programs` multiprocessors; arguments as in `gemm`, which checks them and picks both."""
+    m, n, k = a.shape[0], b.shape[0], a.shape[1]
+    by_tma = out.data_ptr() % _ALIGNMENT == 0 and n * out.element_size() % _ALIGNMENT == 0
+    store = "pointer" if not by_tma else "tma"
+    if by_tma and accumulate and out.dtype == torch.float32 and config.store == "reduce":
+        store = "reduce"
+    width = config.block_n // config.subtiles
+    out_desc = TensorDescriptor.from_tensor(out, [config.block_m, width]) if by_tma else None
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    programs = min(programs, tiles)
+    _gemm_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a.payload, [config.block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(b.payload, [config.block_n, BLOCK_K]),
+        out_desc,
+        out,
+        a.scale,
+        b.scale,
+        bias,
+        m,
+        n,
+        k,
+        PROGRAMS=programs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=BLOCK_K,
+        GROUP=config.group,
+        SUBTILES=config.subtiles,
+        PROMOTE=promote // BLOCK_K if promote < k else 0,
+        ROW_A=a.granularity == "row",
+        ROW_B=b.granularity == "row",
+        STORE=store,
+        ACCUMULATE=accumulate,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
