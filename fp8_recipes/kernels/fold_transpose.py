@@ -1,0 +1,375 @@
+"""Fold along the other axis and transpose: `fp8_recipes.reference.fold_transpose`, bit for bit, at 2 bytes moved per value.
+
+A byte transpose through shared memory moves single bytes and runs at half the bandwidth. Here 4 x 4 bytes are transposed in registers, and only 32-bit words
+travel through shared memory:
+
+    4 rows x 4 columns = one word from each of 4 rows  --8 x prmt-->  one word for each of 4 columns  --transpose of words-->  runs of TR bytes along the rows
+
+The exponent shift happens on the words as they arrive, four values at once: FP8 -> f16 (exact), two multiplications by powers of two, f16 -> FP8 (one rounding to
+nearest even, saturating, NaN kept). f16 holds every intermediate that can still be non-zero at the end; products that f16 rounds are below half of the smallest
+FP8 subnormal after the shift.
+
+The target exponent of 128 columns is a maximum over all rows. A small first kernel reduces the tile exponents (1/128 of the data) to PARTS partial maxima per
+column block; each program of the second kernel finishes its own maximum from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import Format
+from ..reference.quantize import tile_exponents
+from ..tensor import MICRO, TILE, ScaledTensor
+from . import common
+from .common import INTERPRETED, check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, tiles_of
+from .quantize import given_exponent
+
+
+@dataclass(frozen=True)
+class TransposePlan:
+    """Tile of one program and launch order; scripts/bench_kernels.py sweeps these."""
+
+    rows: int = 128
+    warps: int = 4
+    columns_first: bool = True
+    """Do neighbouring programs work on neighbouring columns (True) or rows (False)?"""
+    overlap: bool = False
+    """Programmatic dependent launch: start reading while the partial maxima are still being computed."""
+
+
+PLAN = TransposePlan()
+WEIGHT_PLAN = TransposePlan()
+MAX_PARTS = 128
+
+_SHIFT_E4M3 = """{
+.reg .b16 l, h; .reg .b32 a, b;
+mov.b32 {l, h}, $1;
+cvt.rn.f16x2.e4m3x2 a, l; cvt.rn.f16x2.e4m3x2 b, h;
+mul.rn.f16x2 a, a, $2; mul.rn.f16x2 b, b, $2;
+mul.rn.f16x2 a, a, $3; mul.rn.f16x2 b, b, $3;
+cvt.rn.satfinite.e4m3x2.f16x2 l, a; cvt.rn.satfinite.e4m3x2.f16x2 h, b;
+mov.b32 $0, {l, h};
+}"""
+# E5M2 spans more than two f16 powers can (2**31 upwards), and has Inf codes, which must become NaN: x + x * 0 first, and a third factor.
+_SHIFT_E5M2 = """{
+.reg .b16 l, h; .reg .b32 a, b, z;
+mov.b32 {l, h}, $1; mov.b32 z, 0;
+cvt.rn.f16x2.e5m2x2 a, l; cvt.rn.f16x2.e5m2x2 b, h;
+fma.rn.f16x2 a, a, z, a; fma.rn.f16x2 b, b, z, b;
+mul.rn.f16x2 a, a, $2; mul.rn.f16x2 b, b, $2;
+mul.rn.f16x2 a, a, $3; mul.rn.f16x2 b, b, $3;
+mul.rn.f16x2 a, a, $4; mul.rn.f16x2 b, b, $4;
+cvt.rn.satfinite.e5m2x2.f16x2 l, a; cvt.rn.satfinite.e5m2x2.f16x2 h, b;
+mov.b32 $0, {l, h};
+}"""
+_TRANSPOSE_4X4 = """{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $6, $7, 0x5140;
+prmt.b32 c, $4, $5, 0x7362; prmt.b32 d, $6, $7, 0x7362;
+prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;
+prmt.b32 $2, c, d, 0x5410; prmt.b32 $3, c, d, 0x7632;
+}"""
+_PACK_E4M3 = """{
+.reg .b16 l, h;
+cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;
+mov.b32 $0, {l, h};
+}"""
+_PACK_E5M2 = _PACK_E4M3.replace("e4m3x2", "e5m2x2")
+SHIFT_E4M3 = tl.constexpr(_SHIFT_E4M3)
+SHIFT_E5M2 = tl.constexpr(_SHIFT_E5M2)
+TRANSPOSE_4X4 = tl.constexpr(_TRANSPOSE_4X4)
+PACK_E4M3 = tl.constexpr(_PACK_E4M3)
+PACK_E5M2 = tl.constexpr(_PACK_E5M2)
+
+
+@triton.jit
+def _f16_pair(exponent):
+    """2**exponent as f16, twice in one word; exponent in [-24, 15]. Exponent 255: NaN."""
+    factor = tl.where(exponent == 255, float("nan"), pow2(exponent))
+    bits = factor.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _shift_portable(word, shift, E5M2: tl.constexpr):
+    """Four FP8 bytes in a word times 2**shift (NaN where shift is 255), byte by byte."""
+    factor = tl.where(shift == 255, float("nan"), pow2(tl.minimum(tl.maximum(shift, -126), 127)))
+    out = tl.zeros_like(word)
+    for i in tl.static_range(4):
+        value = decode(((word >> (8 * i)) & 0xFF).to(tl.uint8), E5M2) * factor
+        out |= encode(finite_or_nan(value), E5M2).to(tl.int32) << (8 * i)
+    return out
+
+
+@triton.jit
+def shift_words(word, shift, E5M2: tl.constexpr):
+    """Words of four FP8 values times 2**shift, nearest even, saturating; NaN where shift is 255. shift: int32, broadcastable to word."""
+    if INTERPRETED:
+        return _shift_portable(word, shift, E5M2)
+    elif E5M2:
+        k = tl.minimum(tl.maximum(shift, -34), 40)
+        first = tl.minimum(tl.maximum(k, -17), 15)
+        second = tl.minimum(tl.maximum(k - first, -17), 15)
+        f = _f16_pair(tl.where(shift == 255, 255, first))
+        g = _f16_pair(second)
+        h = _f16_pair(k - first - second)
+        return tl.inline_asm_elementwise(SHIFT_E5M2, "=r,r,r,r,r", [word, f, g, h], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        k = tl.minimum(tl.maximum(shift, -24), 24)
+        f = _f16_pair(tl.where(shift == 255, 255, k >> 1))
+        g = _f16_pair(k - (k >> 1))
+        return tl.inline_asm_elementwise(SHIFT_E4M3, "=r,r,r,r", [word, f, g], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def transpose_4x4(a, b, c, d):
+    """Byte i of word j goes to byte j of word i."""
+    if INTERPRETED:
+        o0 = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+        o1 = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
+        o2 = ((a >> 16) & 0xFF) | ((b >> 8) & 0xFF00) | (c & 0xFF0000) | ((d & 0xFF0000) << 8)
+        o3 = ((a >> 24) & 0xFF) | ((b >> 16) & 0xFF00) | ((c >> 8) & 0xFF0000) | (d & -0x1000000)
+        return o0, o1, o2, o3
+    else:
+        return tl.inline_asm_elementwise(
+            TRANSPOSE_4X4, "=&r,=&r,=&r,=&r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def pack_4(a, b, c, d, E5M2: tl.constexpr):
+    """Four fp32 values rounded to FP8 in one word, a in the lowest byte."""
+    if INTERPRETED:
+        low = encode(a, E5M2).to(tl.int32) | (encode(b, E5M2).to(tl.int32) << 8)
+        return low | (encode(c, E5M2).to(tl.int32) << 16) | (encode(d, E5M2).to(tl.int32) << 24)
+    elif E5M2:
+        return tl.inline_asm_elementwise(PACK_E5M2, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise(PACK_E4M3, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _dependents_may_start():
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _wait_for_previous_kernel():
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _partial_target_kernel(exponent_ptr, partial_ptr, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr):
+    """exponent [rows, tiles] uint8 -> partial [tiles, programs] uint8, the maximum over every programs-th group of ROWS rows."""
+    if OVERLAP:
+        _dependents_may_start()
+    parts = tl.num_programs(0)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    best = tl.zeros((TILES,), tl.int32)
+    for first in range(tl.program_id(0) * ROWS, rows, parts * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (tile[None, :] < tiles)
+        best = tl.maximum(best, tl.max(tl.load(exponent_ptr + row * tiles + tile[None, :], mask=mask, other=0).to(tl.int32), axis=0))
+    tl.store(partial_ptr + tile * parts + tl.program_id(0), best.to(tl.uint8), mask=tile < tiles)
+
+
+@triton.jit
+def _row_shift(source_ptr, row, column, target, rows, cols, GROUP: tl.constexpr):
+    """Exponent shift of the values at [row, column] (broadcastable); 255 where the source scale is bad. GROUP 0: fp32 scale per row; else E8M0 per GROUP columns."""
+    if GROUP == 0:
+        bits = tl.load(source_ptr + row, mask=row < rows, other=1.0).to(tl.int32, bitcast=True)
+        byte = bits >> 23  # negative if the sign is set
+        byte = tl.where(((bits & 0x7FFFFF) == 0) & (byte > 0), byte, 255)
+    else:
+        groups = (cols + GROUP - 1) // GROUP
+        byte = tl.load(source_ptr + row * groups + column // GROUP, mask=(row < rows) & (column < cols), other=127).to(tl.int32)
+    return tl.where(byte == 255, 255, byte - target)
+
+
+@triton.jit
+def _fold_transpose_kernel(
+    payload_ptr,
+    out_ptr,
+    scale_ptr,
+    source_ptr,
+    partial_ptr,
+    rows,
+    cols,
+    partial_stride,
+    PARTS: tl.constexpr,
+    TR: tl.constexpr,
+    GROUP: tl.constexpr,
+    E5M2: tl.constexpr,
+    COLUMNS_FIRST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program: TR rows x 128 columns. payload and out are int32 words; rows and cols are multiples of 4."""
+    row_blocks = (rows + TR - 1) // TR
+    col_blocks = (cols + 127) // 128
+    if COLUMNS_FIRST:
+        row_block, col_block = tl.program_id(0) // col_blocks, tl.program_id(0) % col_blocks
+    else:
+        row_block, col_block = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[:, None]  # four rows, one word of the result
+    word = col_block * 32 + tl.arange(0, 32)[None, :]  # four columns, one word of the payload
+    in_words = cols // 4
+    out_words = rows // 4
+    mask = (quad < out_words) & (word < in_words)
+    source = payload_ptr + quad.to(tl.int64) * 4 * in_words + word
+    w0 = tl.load(source, mask=mask, other=0)
+    w1 = tl.load(source + in_words, mask=mask, other=0)
+    w2 = tl.load(source + 2 * in_words, mask=mask, other=0)
+    w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
+    if OVERLAP:
+        _wait_for_previous_kernel()
+    target = tl.max(tl.load(partial_ptr + col_block * partial_stride + tl.arange(0, PARTS)).to(tl.int32), axis=0)
+    w0 = shift_words(w0, _row_shift(source_ptr, quad * 4, word * 4, target, rows, cols, GROUP), E5M2)
+    w1 = shift_words(w1, _row_shift(source_ptr, quad * 4 + 1, word * 4, target, rows, cols, GROUP), E5M2)
+    w2 = shift_words(w2, _row_shift(source_ptr, quad * 4 + 2, word * 4, target, rows, cols, GROUP), E5M2)
+    w3 = shift_words(w3, _row_shift(source_ptr, quad * 4 + 3, word * 4, target, rows, cols, GROUP), E5M2)
+    o0, o1, o2, o3 = transpose_4x4(w0, w1, w2, w3)
+    out_quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[None, :]
+    out_word = col_block * 32 + tl.arange(0, 32)[:, None]
+    out = out_ptr + out_word.to(tl.int64) * 4 * out_words + out_quad
+    out_mask = (out_quad < out_words) & (out_word < in_words)
+    tl.store(out, tl.trans(o0), mask=out_mask)
+    tl.store(out + out_words, tl.trans(o1), mask=out_mask)
+    tl.store(out + 2 * out_words, tl.trans(o2), mask=out_mask)
+    tl.store(out + 3 * out_words, tl.trans(o3), mask=out_mask)
+    if row_block == 0:
+        column = col_block * 128 + tl.arange(0, 128)
+        tl.store(scale_ptr + column, (tl.zeros_like(column) + target << 23).to(tl.float32, bitcast=True), mask=column < cols)
+
+
+@triton.jit
+def _fold_transpose_bytes_kernel(
+    payload_ptr, out_ptr, scale_ptr, source_ptr, partial_ptr, rows, cols, partial_stride, PARTS: tl.constexpr, GROUP: tl.constexpr, E5M2: tl.constexpr
+):
+    """Any shape, byte by byte: for rows or cols that are not multiples of 4 (no GEMM takes those)."""
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)[:, None]
+    column = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
+    target = tl.max(tl.load(partial_ptr + tl.program_id(1) * partial_stride + tl.arange(0, PARTS)).to(tl.int32), axis=0)
+    mask = (row < rows) & (column < cols)
+    shift = _row_shift(source_ptr, row, column, target, rows, cols, GROUP)
+    factor = tl.where(shift == 255, float("nan"), pow2(tl.minimum(tl.maximum(shift, -126), 127)))
+    value = decode(tl.load(payload_ptr + row.to(tl.int64) * cols + column, mask=mask, other=0), E5M2)
+    tl.store(out_ptr + column.to(tl.int64) * rows + row, encode(finite_or_nan(value * factor), E5M2), mask=mask)
+    if tl.program_id(0) == 0:
+        flat = tl.program_id(1) * 128 + tl.arange(0, 128)
+        tl.store(scale_ptr + flat, (tl.zeros_like(flat) + target << 23).to(tl.float32, bitcast=True), mask=flat < cols)
+
+
+@triton.jit
+def _quantize_given_transposed_kernel(
+    x_ptr, out_ptr, scale_ptr, amax_ptr, increment, rows, cols, TR: tl.constexpr, TC: tl.constexpr, E5M2: tl.constexpr, COLUMNS_FIRST: tl.constexpr
+):
+    """x [rows, cols] -> payload words [cols, rows / 4]; rows is a multiple of 4. Four rows of a column are rounded straight into one word."""
+    row_blocks = (rows + TR - 1) // TR
+    col_blocks = (cols + TC - 1) // TC
+    if COLUMNS_FIRST:
+        row_block, col_block = tl.program_id(0) // col_blocks, tl.program_id(0) % col_blocks
+    else:
+        row_block, col_block = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    exponent = given_exponent(amax_ptr, increment, E5M2)
+    inverse = pow2(-exponent)
+    quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[:, None]
+    column = col_block * TC + tl.arange(0, TC)[None, :]
+    mask = (quad < rows // 4) & (column < cols)
+    source = x_ptr + quad.to(tl.int64) * 4 * cols + column
+    x0 = finite_or_nan(tl.load(source, mask=mask, other=0.0).to(tl.float32)) * inverse
+    x1 = finite_or_nan(tl.load(source + cols, mask=mask, other=0.0).to(tl.float32)) * inverse
+    x2 = finite_or_nan(tl.load(source + 2 * cols, mask=mask, other=0.0).to(tl.float32)) * inverse
+    x3 = finite_or_nan(tl.load(source + 3 * cols, mask=mask, other=0.0).to(tl.float32)) * inverse
+    out_quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[None, :]
+    out_column = col_block * TC + tl.arange(0, TC)[:, None]
+    out = out_ptr + out_column.to(tl.int64) * (rows // 4) + out_quad
+    tl.store(out, tl.trans(pack_4(x0, x1, x2, x3, E5M2)), mask=(out_quad < rows // 4) & (out_column < cols))
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, pow2(exponent))
+
+
+def _tile_bytes(q: ScaledTensor) -> torch.Tensor:
+    """E8M0 byte of every 1x128 tile of ``q``, uint8 [rows, tiles]."""
+    if q.tile_exponent is not None and q.global_scale is None:
+        return q.tile_exponent
+    return (tile_exponents(q) + 127).to(torch.uint8)
+
+
+def _partial_targets(tiles: torch.Tensor, overlap: bool) -> torch.Tensor:
+    """Partial maxima over rows of uint8 [rows, tiles]: uint8 [tiles, parts], parts a power of two."""
+    rows, count = tiles.shape
+    group = 16
+    parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(rows, group)))
+    width = min(128, triton.next_power_of_2(count))
+    partial = common.empty((count, parts), torch.uint8, tiles.device)
+    _partial_target_kernel[(parts, triton.cdiv(count, width))](tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=4)
+    return partial
+
+
+def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: TransposePlan | None = None) -> ScaledTensor:
+    """Kernel twin of `fp8_recipes.reference.fold_transpose`: payload [cols, rows], one scale per row of the result.
+
+    q: row (with tile_exponent), tile or micro (global_scale None). Where a scale is not a power of two the reference raises; here its values become NaN, because
+    a kernel that raised would have to wait for the host. plan: tile and launch order, for benchmarks.
+    """
+    if to not in ("column_block", "tensor"):
+        raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
+    check_device(q.payload, "payload")
+    check_not_empty(q.payload, "payload")
+    plan = PLAN if plan is None else plan
+    rows, cols = q.shape
+    tiles = _tile_bytes(q)
+    overlap = plan.overlap and to == "column_block" and not common.IS_INTERPRETED
+    source = q.scale if q.granularity == "row" else scale_bytes(q)
+    constants = {"GROUP": {"row": 0, "tile": TILE, "micro": MICRO}[q.granularity], "E5M2": is_e5m2(q.format)}
+    payload = common.empty((cols, rows), torch.uint8, q.device)
+    scale = common.empty((cols,), torch.float32, q.device)
+    with on_device(q.payload):
+        partial = _partial_targets(tiles, overlap)
+        if to == "tensor":
+            partial = partial.amax().view(1, 1)
+        stride = 0 if to == "tensor" else partial.shape[1]
+        if rows % 4 or cols % 4:
+            grid: tuple[int, ...] = (triton.cdiv(rows, 32), tiles_of(cols))
+            arguments = (q.payload.view(torch.uint8), payload, scale, source, partial, rows, cols, stride)
+            _fold_transpose_bytes_kernel[grid](*arguments, PARTS=partial.shape[1], **constants)
+        else:
+            grid = (triton.cdiv(rows, plan.rows) * tiles_of(cols),)
+            arguments = (q.payload.view(torch.int32), payload.view(torch.int32), scale, source, partial, rows, cols, stride)
+            launch = {"launch_pdl": True} if overlap else {}
+            _fold_transpose_kernel[grid](
+                *arguments, PARTS=partial.shape[1], TR=plan.rows, **constants, COLUMNS_FIRST=plan.columns_first, OVERLAP=overlap, num_warps=plan.warps, **launch
+            )
+    return ScaledTensor(payload.view(q.payload.dtype), scale, "row")
+
+
+def quantize_given_transposed(w: torch.Tensor, amax: torch.Tensor, increment: float, fmt: Format, plan: TransposePlan | None = None) -> ScaledTensor:
+    """``w`` [out_features, in_features] (out_features a multiple of 4) -> payload [in_features, out_features] under the scale of ``amax + increment``."""
+    plan = WEIGHT_PLAN if plan is None else plan
+    rows, cols = w.shape
+    payload = common.empty((cols, rows), torch.uint8, w.device)
+    scale = common.empty((), torch.float32, w.device)
+    width = 64
+    grid = (triton.cdiv(rows, plan.rows) * triton.cdiv(cols, width),)
+    with on_device(w):
+        _quantize_given_transposed_kernel[grid](
+            w,
+            payload.view(torch.int32),
+            scale,
+            amax,
+            float(increment),
+            rows,
+            cols,
+            TR=plan.rows,
+            TC=width,
+            E5M2=is_e5m2(fmt),
+            COLUMNS_FIRST=plan.columns_first,
+            num_warps=plan.warps,
+        )
+    return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")

@@ -1,0 +1,91 @@
+"""RMSNorm and quantisation in one read: `fp8_recipes.reference.rmsnorm_quantize`. The normalised row never exists in bf16; it goes from fp32 registers to FP8.
+
+Equal to the reference except for the order of the sum of squares (rstd may differ by an ulp, a payload byte only where that crosses a rounding boundary).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..formats import E4M3, Format
+from ..reference.quantize import _check_options
+from ..tensor import ScaledTensor, check_matrix
+from . import common
+from .common import check_device, check_not_empty, finite_or_nan, on_device
+from .quantize import quantize
+from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
+
+
+@triton.jit
+def _sum_of_squares(x):
+    return tl.sum(tl.sum(tl.sum(x * x, axis=2), axis=1), axis=0)
+
+
+@triton.jit
+def _rmsnorm_quantize_kernel(
+    x_ptr,
+    payload_ptr,
+    scale_ptr,
+    tile_exponent_ptr,
+    gamma_ptr,
+    rstd_ptr,
+    cols,
+    eps,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    FOLD: tl.constexpr,
+    E5M2: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = load_piece(x_ptr + row * cols, 0, cols, BLOCK)
+    gamma = load_piece(gamma_ptr, 0, cols, BLOCK)
+    if TAIL:
+        x_tail = load_piece(x_ptr + row * cols, BLOCK * 128, cols, TAIL)
+        gamma_tail = load_piece(gamma_ptr, BLOCK * 128, cols, TAIL)
+    square = _sum_of_squares(x)
+    if TAIL:
+        square += _sum_of_squares(x_tail)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, cols.to(tl.float32)) + eps))
+    tl.store(rstd_ptr + row, rstd)
+    y = finite_or_nan(x * rstd * gamma)
+    micro = micro_amax(y)
+    row_exp = row_exponent(micro, E5M2)
+    if TAIL:
+        y_tail = finite_or_nan(x_tail * rstd * gamma_tail)
+        micro_tail = micro_amax(y_tail)
+        row_exp = tl.maximum(row_exp, row_exponent(micro_tail, E5M2))
+        store_piece(y_tail, micro_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(y, micro, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+
+
+def rmsnorm_quantize(
+    x: torch.Tensor, gamma: torch.Tensor, eps: float = 1e-5, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None
+) -> tuple[ScaledTensor, torch.Tensor]:
+    """Kernel twin of `fp8_recipes.reference.rmsnorm_quantize`. x: [rows, cols] bf16, gamma: [cols] -> (quantised y, rstd [rows] fp32).
+
+    Fused for "row", "tile" and "micro" up to 32768 columns; otherwise y is computed in fp32 first.
+    """
+    check_matrix(x, "x")
+    _check_options(granularity, fold, None)
+    check_device(x, "x")
+    check_not_empty(x, "x")
+    if gamma.shape != x.shape[1:]:
+        raise ValueError(f"gamma must have shape ({x.shape[1]},), got {tuple(gamma.shape)}")
+    if granularity not in ("row", "tile", "micro") or x.shape[1] > MAX_ROW:
+        xf = x.float()
+        rstd = torch.rsqrt(xf.square().mean(dim=1) + eps)
+        return quantize(xf * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold), rstd
+    rows, cols = x.shape
+    q = empty_rows(rows, cols, granularity, fold, fmt, x.device)
+    rstd = common.empty((rows,), torch.float32, x.device)
+    pointers, constants = row_arguments(q, granularity, fold)
+    plan = plan_row(cols)
+    with on_device(x):
+        _rmsnorm_quantize_kernel[(rows,)](
+            x, *pointers, gamma.contiguous(), rstd, cols, eps, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps
+        )
+    return q, rstd
