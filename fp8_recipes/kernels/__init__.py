@@ -1,0 +1,21 @@
+"""The operations as Triton kernels for Hopper: the names and signatures of `fp8_recipes.reference`, for CUDA tensors.
+
+Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the reference for CPU tensors. With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests.
+"""
+
+from .fold_transpose import fold_transpose
+from .gemm import gemm
+from .quantize import fold, quantize, quantize_weight
+from .rmsnorm import rmsnorm_quantize
+from .swiglu import swiglu_backward_quantize, swiglu_quantize
+
+__all__ = [
+    "fold",
+    "fold_transpose",
+    "gemm",
+    "quantize",
+    "quantize_weight",
+    "rmsnorm_quantize",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
+]

@@ -41,20 +41,18 @@ def _rmsnorm_quantize_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     x = load_piece(x_ptr + row * cols, 0, cols, BLOCK)
-    gamma = load_piece(gamma_ptr, 0, cols, BLOCK)
     if TAIL:
         x_tail = load_piece(x_ptr + row * cols, BLOCK * 128, cols, TAIL)
-        gamma_tail = load_piece(gamma_ptr, BLOCK * 128, cols, TAIL)
     square = _sum_of_squares(x)
     if TAIL:
         square += _sum_of_squares(x_tail)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, cols.to(tl.float32)) + eps))
     tl.store(rstd_ptr + row, rstd)
-    y = finite_or_nan(x * rstd * gamma)
+    y = finite_or_nan(x * rstd * load_piece(gamma_ptr, 0, cols, BLOCK))  # gamma comes from cache; loaded here it costs no registers above
     micro = micro_amax(y)
     row_exp = row_exponent(micro, E5M2)
     if TAIL:
-        y_tail = finite_or_nan(x_tail * rstd * gamma_tail)
+        y_tail = finite_or_nan(x_tail * rstd * load_piece(gamma_ptr, BLOCK * 128, cols, TAIL))
         micro_tail = micro_amax(y_tail)
         row_exp = tl.maximum(row_exp, row_exponent(micro_tail, E5M2))
         store_piece(y_tail, micro_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
