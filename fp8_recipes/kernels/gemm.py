@@ -1,17 +1,17 @@
 """FP8 GEMM on Hopper, scales in the epilogue. Two backends; `uses_torch` is the rule that picks one, and it looks only at the arguments.
 
-**torch._scaled_mm** for a new bf16 result of two E4M3 operands: CUTLASS with one scale per row and column inside torch, or cuBLASLt for two per-tensor scales. Both run at
-the speed of the hardware there (docs/benchmarks), so a kernel of our own would only be more code. ``promote > 0`` selects their split accumulator.
+**torch._scaled_mm** for a new bf16 result of two E4M3 operands: CUTLASS with one scale per row and column inside torch, or cuBLASLt for two per-tensor scales.
+Both run at the speed of the hardware there, so a kernel of our own would only be more code. ``promote > 0`` selects their split accumulator.
 
-**A persistent Triton kernel** for what they do not do: accumulate into ``out`` (main_grad), write fp32, promote the accumulator at a chosen distance, multiply E5M2.
-One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is written.
+**A persistent Triton kernel** for what they do not do: accumulate into ``out`` (main_grad), write fp32, promote the accumulator at a chosen distance,
+multiply E5M2. One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is written.
 
-Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds it to an FP32 total in registers every `promote` elements of K and clears it. Total and
-accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then spills a few values inside
-that rare branch only, and loads and products keep streaming across it. (A nested loop per promotion drains the pipeline at every one.)
+Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds it to an FP32 total in registers every `promote` elements of K and clears it.
+Total and accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then
+spills a few values inside that rare branch only, and loads and products keep streaming across it. (A nested loop per promotion drains the pipeline every time.)
 
-Accumulating into fp32 uses TMA's reduction: the tile is sent once and L2 adds it. Every element is added to exactly once per call, so the result does not depend on
-the order of the programs: two runs give the same bits. (That adder flushes subnormal fp32 numbers to zero.)
+Accumulating into fp32 uses TMA's reduction: the tile is sent once and L2 adds it. Every element is added to exactly once per call, so the result does not
+depend on the order of the programs: two runs give the same bits. (That adder flushes subnormal fp32 numbers to zero.)
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _write(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr,
-    ROW_A: tl.constexpr,
-    ROW_B: tl.constexpr,
+    STRIDE_A: tl.constexpr,  # 1: one scale per row; 0: one for the tensor
+    STRIDE_B: tl.constexpr,
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
@@ -67,20 +67,15 @@ def _write(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         _write(left, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
-               BLOCK_M, HALF, SUBTILES // 2, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+               BLOCK_M, HALF, SUBTILES // 2, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
         _write(right, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0 + HALF, M, N,
-               BLOCK_M, HALF, SUBTILES // 2, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+               BLOCK_M, HALF, SUBTILES // 2, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
     else:
         row = m0 + tl.arange(0, BLOCK_M)
         col = n0 + tl.arange(0, BLOCK_N)
-        if ROW_A:
-            y = acc * tl.load(scale_a_ptr + row, mask=row < M, other=0.0)[:, None]
-        else:
-            y = acc * tl.load(scale_a_ptr)
-        if ROW_B:
-            y = y * tl.load(scale_b_ptr + col, mask=col < N, other=0.0)[None, :]
-        else:
-            y = y * tl.load(scale_b_ptr)
+        scale_a = tl.load(scale_a_ptr + row * STRIDE_A, mask=row < M, other=0.0)
+        scale_b = tl.load(scale_b_ptr + col * STRIDE_B, mask=col < N, other=0.0)
+        y = acc * scale_a[:, None] * scale_b[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         if STORE == "reduce":
@@ -116,8 +111,8 @@ def _gemm_kernel(
     GROUP: tl.constexpr,
     SUBTILES: tl.constexpr,
     PROMOTE: tl.constexpr,  # K blocks between promotions, 0 = never
-    ROW_A: tl.constexpr,
-    ROW_B: tl.constexpr,
+    STRIDE_A: tl.constexpr,  # 1: one scale per row; 0: one for the tensor
+    STRIDE_B: tl.constexpr,
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
@@ -145,17 +140,16 @@ def _gemm_kernel(
             if PROMOTE > 0:
                 acc += total
             _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
-                   BLOCK_M, BLOCK_N, SUBTILES, ROW_A, ROW_B, STORE, ACCUMULATE)  # fmt: skip
+                   BLOCK_M, BLOCK_N, SUBTILES, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if PROMOTE > 0:
                 total = acc
-        elif PROMOTE > 0:
-            if (k + 1) % PROMOTE == 0:
-                total += acc
-                acc -= acc
+        elif PROMOTE > 0 and (k + 1) % PROMOTE == 0:
+            total += acc
+            acc -= acc  # zero, at half the instructions that the compiler spends on a constant one
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # Triton's interpreter on the CPU: any number shows that the persistent loop covers every tile once
@@ -188,7 +182,7 @@ def _check_operands(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None,
 
 
 def uses_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, out: torch.Tensor | None, out_dtype: torch.dtype) -> bool:
-    """Does this product go to ``torch._scaled_mm``? True for a new bf16 result of two E4M3 payloads on a GPU whose N is a multiple of 16, bias absent or bf16."""
+    """Does this product go to ``torch._scaled_mm``? True for a new bf16 result of two E4M3 payloads on a GPU, N a multiple of 16, bias absent or bf16."""
     return (
         out is None
         and out_dtype == torch.bfloat16
@@ -212,9 +206,10 @@ def gemm(
     """``y[m, n] = scale_a[m] * scale_b[n] * sum_k a[m, k] b[n, k] + bias[n]``. Same signature and meaning as `reference.gemm`.
 
     a: [M, K], b: [N, K], payload E4M3 or E5M2 (also mixed), granularity row or tensor; K a multiple of 16 (any M and N).
-    out_dtype: bf16 or fp32, of a new result. bias: [N] bf16, fp16 or fp32. out: [M, N] bf16 or fp32, overwritten, or added to with accumulate=True (in fp32, one rounding).
-    promote: elements of K between promotions of the accumulator to FP32, a multiple of 128; 0 = never. In torch's backend any value > 0 means its split accumulator,
-    which promotes more often than that.
+    out_dtype: bf16 or fp32, of a new result. bias: [N] bf16, fp16 or fp32.
+    out: [M, N] bf16 or fp32, overwritten, or with accumulate=True added to (in fp32, rounded once).
+    promote: elements of K between promotions of the accumulator to FP32, a multiple of 128; 0 = never. In torch's backend any value > 0 means its split
+    accumulator, which promotes more often than that.
     """
     check_product(a, b, out, accumulate, bias)
     _check_operands(a, b, bias, out, out_dtype, promote)
@@ -279,8 +274,8 @@ def gemm_persistent(
         GROUP=config.group,
         SUBTILES=config.subtiles,
         PROMOTE=promote // BLOCK_K if promote < k else 0,
-        ROW_A=a.granularity == "row",
-        ROW_B=b.granularity == "row",
+        STRIDE_A=int(a.granularity == "row"),
+        STRIDE_B=int(b.granularity == "row"),
         STORE=store,
         ACCUMULATE=accumulate,
         num_warps=config.warps,

@@ -214,10 +214,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fp8_recipes.kernels.gemm import _gemm_kernel
 from fp8_recipes.kernels.gemm_configs import WIDE as c
-constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, PROMOTE=8, ROW_A=True, ROW_B=True,
+constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, PROMOTE=8, STRIDE_A=1, STRIDE_B=1,
                  STORE="reduce", ACCUMULATE=True, bias_ptr=None)
 types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
-             out_desc=f"tensordesc<fp32[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr="*fp32", scale_a_ptr="*fp32", scale_b_ptr="*fp32", M="i32", N="i32", K="i32")
+             out_desc=f"tensordesc<fp32[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr="*fp32", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
+             M="i32", N="i32", K="i32")
 names = _gemm_kernel.arg_names
 source = ASTSource(_gemm_kernel, {n: types.get(n, "constexpr") for n in names}, constexprs=constants)
 kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
@@ -230,7 +231,7 @@ print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_outp
 
 @pytest.mark.slow
 def test_machine_code_keeps_both_accumulators_of_a_wide_tile_out_of_local_memory() -> None:
-    """Compiled for sm_90, which needs no GPU: four FP8 matrix instructions per K block, accumulating asynchronously, and no spill between them and the loop's end."""
+    """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, and no spill between them and the loop's branch."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
