@@ -29,9 +29,10 @@ class GemmConfig:
     warps: int = 8
     store: str = "reduce"
 
-    def shared_bytes(self, out_bytes: int) -> int:
-        """Shared memory of the pipeline and the epilogue's staging buffer, of the 227 KiB that a Hopper program can have."""
-        return self.stages * BLOCK_K * (self.block_m + self.block_n) + self.block_m * self.block_n // self.subtiles * out_bytes
+    def shared_bytes(self, out_bytes: int, adds: bool = False) -> int:
+        """Shared memory of the pipeline and the epilogue's buffer (two where it loads ``out`` to add to it), of the 227 KiB that a Hopper program can have."""
+        staging = self.block_m * self.block_n // self.subtiles * out_bytes
+        return self.stages * BLOCK_K * (self.block_m + self.block_n) + staging * (2 if adds else 1)
 
 
 WIDE = GemmConfig(128, 256, stages=3, subtiles=4)
