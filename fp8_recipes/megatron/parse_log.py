@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         elif o.command == "steps":
             print(expect_steps(o.run, o.expect))
         else:
-            print(compare(*o.runs, o.from_step, getattr(o, "tolerance", None)))
+            first, second = o.runs
+            print(compare(first, second, o.from_step, getattr(o, "tolerance", None)))
     except (LogError, OSError) as error:
         sys.exit(f"parse_log: {error}")
 

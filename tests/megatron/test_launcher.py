@@ -1,0 +1,94 @@
+"""The launcher's configuration path: parse, validate, Megatron's own config objects, datasets."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import pytest
+
+from fp8_recipes import RecipeError
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+
+
+def test_our_recipe_reaches_transformer_engine(configure):
+    from megatron.core import fp8_utils
+
+    args, container = configure("--fp8-recipe moss:interval=200")
+    config = container.model.transformer
+    assert (config.fp8, config.fp8_recipe) == ("e4m3", "moss:interval=200")
+    recipe = fp8_utils.get_fp8_recipe(config)
+    assert recipe.custom() and recipe.qfactory.recipe.interval == 200
+    assert fp8_utils.get_fp8_recipe(config) is recipe
+
+
+@pytest.mark.parametrize(("flags", "kind"), [("tensorwise", "Float8CurrentScaling"), ("blockwise", "Float8BlockScaling")])
+def test_stock_recipes_keep_their_meaning(configure, flags, kind):
+    from megatron.core import fp8_utils
+
+    _, container = configure(f"--fp8-recipe {flags} --fp8-format e4m3")
+    assert type(fp8_utils.get_fp8_recipe(container.model.transformer)).__name__ == kind
+
+
+@pytest.mark.parametrize("flags", ["", "--fp8-recipe bf16"])
+def test_bf16(configure, flags):
+    _, container = configure(flags)
+    assert container.model.transformer.fp8 is None
+
+
+def test_refusal_comes_before_megatrons_own_checks(configure):
+    with pytest.raises(RecipeError, match="--num-experts 4"):
+        configure("--fp8-recipe moss --num-experts 4")
+
+
+def test_flags_of_other_launchers_are_refused(configure):
+    with pytest.raises(RecipeError, match="--dataloader-inter-document-masking: not in this launcher"):
+        configure("--dataloader-inter-document-masking")
+
+
+def test_one_clean_line_for_the_user(monkeypatch):
+    from fp8_recipes.megatron import pretrain
+
+    def refuse():
+        raise RecipeError("--x: no")
+
+    monkeypatch.setattr(pretrain, "configure", refuse)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt"])
+    with pytest.raises(SystemExit, match="fp8_recipes: --x: no"):
+        runpy.run_module("fp8_recipes.pretrain_gpt", run_name="__main__")
+
+
+def test_adaptor_installs_on_import():
+    import megatron.core.fp8_utils
+
+    import fp8_recipes.megatron_adaptor  # noqa: F401
+
+    assert hasattr(megatron.core.fp8_utils.get_fp8_recipe, "_fp8_recipes_original")
+
+
+def test_dataset_config_reads_our_text(configure, base_flags, tmp_path):
+    from fp8_recipes import data
+    from fp8_recipes.megatron import pretrain
+
+    (tmp_path / "a.py").write_text("x = 1\n" * 400)
+    data.build_from_roots(tmp_path / "text", [tmp_path])
+    base = base_flags.replace("--mock-data", "").replace("--vocab-size 256", "")
+    args, _ = configure(f"--data-path {tmp_path / 'text'} --split 99,1,0 {' '.join(data.tokenizer_flags())}", base=base)
+    config = pretrain.dataset_config(args)
+    assert config.blend == ([str(tmp_path / "text")], None) and config.tokenizer.eod == 256 and not config.mock
+
+
+def test_loss_is_the_masked_sum(configure, monkeypatch):
+    import torch
+    from megatron.training import get_args
+
+    from fp8_recipes.megatron import pretrain
+
+    configure("--no-check-for-nan-in-loss-and-grad")
+    assert get_args().check_for_nan_in_loss_and_grad is False
+    mask = torch.tensor([[1.0, 0.0, 1.0]])
+    loss, tokens, report = pretrain.loss_func(mask, torch.tensor([[2.0, 100.0, 3.0]]))
+    assert (loss.item(), tokens.item()) == (5.0, 2) and report["lm loss"].tolist() == [5.0, 2.0]

