@@ -37,12 +37,12 @@ SWEEP: dict[str, GemmConfig] = {
     "128x256 s4": replace(WIDE, stages=4),
     "128x256 s3 sub2": replace(WIDE, subtiles=2),
     "128x256 s3 add": replace(WIDE, store="add"),
+    "128x256 s4 atomic": replace(WIDE, stages=4, store="atomic"),
     "128x256 s3 g4": replace(WIDE, group=4),
     "128x256 s3 g16": replace(WIDE, group=16),
     "256x128 s3": TALL,
     "256x128 s4 sub4": replace(TALL, stages=4, subtiles=4),
     "128x128 s5": SMALL,
-    "128x128 s5 g16": replace(SMALL, group=16),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]

@@ -10,8 +10,8 @@ Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds 
 Total and accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then
 spills a few values inside that rare branch only, and loads and products keep streaming across it. (A nested loop per promotion drains the pipeline every time.)
 
-Accumulating into fp32 uses TMA's reduction: the tile is sent once and L2 adds it. Every element is added to exactly once per call, so the result does not
-depend on the order of the programs: two runs give the same bits. (That adder flushes subnormal fp32 numbers to zero.)
+Accumulating into fp32 leaves the addition to L2: the tile is sent once, by TMA's reduction or by vector reductions. Every element is added to exactly once
+per call, so the result does not depend on the order of the programs: two runs give the same bits. (That adder flushes subnormal fp32 numbers to zero.)
 """
 
 from __future__ import annotations
@@ -87,12 +87,15 @@ def _write(
         else:
             pointer = out_ptr + row.to(tl.int64)[:, None] * N + col[None, :]
             inside = (row < M)[:, None] & (col < N)[None, :]
-            if ACCUMULATE:
-                y += tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
-            tl.store(pointer, y.to(out_ptr.dtype.element_ty), mask=inside)
+            if STORE == "atomic":
+                tl.atomic_add(pointer, y, mask=inside, sem="relaxed")
+            else:
+                if ACCUMULATE:
+                    y += tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+                tl.store(pointer, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K"])
+@triton.jit(do_not_specialize=["M", "K"])
 def _gemm_kernel(
     a_desc,  # [M, K] FP8
     b_desc,  # [N, K] FP8
@@ -249,9 +252,9 @@ def gemm_persistent(
     """The Triton kernel with a given config on `programs` multiprocessors; arguments as in `gemm`, which checks them and picks both."""
     m, n, k = a.shape[0], b.shape[0], a.shape[1]
     by_tma = out.data_ptr() % _ALIGNMENT == 0 and n * out.element_size() % _ALIGNMENT == 0
-    store = "pointer" if not by_tma else "tma"
-    if by_tma and accumulate and out.dtype == torch.float32 and config.store == "reduce":
-        store = "reduce"
+    store = "tma" if by_tma else "pointer"
+    if accumulate and out.dtype == torch.float32 and config.store != "add":
+        store = config.store if by_tma else "atomic"
     width = config.block_n // config.subtiles
     out_desc = TensorDescriptor.from_tensor(out, [config.block_m, width]) if by_tma else None
     tiles = -(-m // config.block_m) * -(-n // config.block_n)

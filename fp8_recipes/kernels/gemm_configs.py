@@ -18,7 +18,7 @@ class GemmConfig:
 
     block_m, block_n: output tile of one program. group: tiles of M that share their columns of B in L2 before the order moves along N. stages: K blocks in
     flight. warps: 8 = two warpgroups. subtiles: column slices in which the epilogue passes the tile through shared memory (bounds its staging buffer).
-    store: how an accumulating epilogue reaches ``out`` when TMA can: "reduce" (the adder in L2) or "add" (load, add, store).
+    store: how an epilogue accumulates into fp32: "reduce" (TMA sends the slice, L2 adds), "atomic" (threads send it, L2 adds) or "add" (load, add, store).
     """
 
     block_m: int
