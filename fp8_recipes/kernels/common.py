@@ -80,6 +80,15 @@ def tiles_of(cols: int) -> int:
 
 
 @triton.jit
+def to_fp32(x):
+    """Input values (bf16, fp16, fp32) as fp32, exactly. The interpreter's own conversion of bf16 subnormals is wrong."""
+    if INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def finite_or_nan(x):
     """x, with Inf replaced by NaN."""
     return x + x * 0.0

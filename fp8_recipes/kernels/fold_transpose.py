@@ -25,7 +25,7 @@ from ..formats import Format
 from ..reference.quantize import tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, tiles_of
+from .common import INTERPRETED, check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, tiles_of, to_fp32
 from .quantize import given_exponent
 
 
@@ -282,10 +282,10 @@ def _quantize_given_transposed_kernel(
     column = col_block * TC + tl.arange(0, TC)[None, :]
     mask = (quad < rows // 4) & (column < cols)
     source = x_ptr + quad.to(tl.int64) * 4 * cols + column
-    x0 = finite_or_nan(tl.load(source, mask=mask, other=0.0).to(tl.float32)) * inverse
-    x1 = finite_or_nan(tl.load(source + cols, mask=mask, other=0.0).to(tl.float32)) * inverse
-    x2 = finite_or_nan(tl.load(source + 2 * cols, mask=mask, other=0.0).to(tl.float32)) * inverse
-    x3 = finite_or_nan(tl.load(source + 3 * cols, mask=mask, other=0.0).to(tl.float32)) * inverse
+    x0 = finite_or_nan(to_fp32(tl.load(source, mask=mask, other=0.0)) * inverse)
+    x1 = finite_or_nan(to_fp32(tl.load(source + cols, mask=mask, other=0.0)) * inverse)
+    x2 = finite_or_nan(to_fp32(tl.load(source + 2 * cols, mask=mask, other=0.0)) * inverse)
+    x3 = finite_or_nan(to_fp32(tl.load(source + 3 * cols, mask=mask, other=0.0)) * inverse)
     out_quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[None, :]
     out_column = col_block * TC + tl.arange(0, TC)[:, None]
     out = out_ptr + out_column.to(tl.int64) * (rows // 4) + out_quad

@@ -14,7 +14,7 @@ from ..formats import E4M3, Format, global_scale_from_amax
 from ..reference.quantize import _check_options, tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
 from . import common
-from .common import check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, scale_exponent
+from .common import check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, scale_exponent, to_fp32
 from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
 
 WIDE_TILES = 32
@@ -98,7 +98,7 @@ def _quantize_block_kernel(x_ptr, payload_ptr, scale_ptr, rows, cols, E5M2: tl.c
     column = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
     mask = (row < rows) & (column < cols)
     offset = row.to(tl.int64) * cols + column
-    x = finite_or_nan(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32))
+    x = finite_or_nan(to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0)))
     amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
     exponent = scale_exponent(tl.where(amax == amax, amax, 0.0), E5M2)
     tl.store(payload_ptr + offset, encode(x * pow2(-exponent), E5M2), mask=mask)
@@ -112,7 +112,7 @@ def _partial_amax_kernel(x_ptr, partial_ptr, numel, BLOCK: tl.constexpr):
     amax = tl.zeros((BLOCK,), tl.float32)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, stride):
         offset = start + tl.arange(0, BLOCK)
-        x = finite_or_nan(tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32))
+        x = finite_or_nan(to_fp32(tl.load(x_ptr + offset, mask=offset < numel, other=0.0)))
         x = tl.abs(x)
         amax = tl.maximum(amax, tl.where(x == x, x, 0.0))
     tl.store(partial_ptr + tl.program_id(0), tl.max(amax, axis=0))
@@ -129,8 +129,8 @@ def _quantize_given_kernel(x_ptr, payload_ptr, scale_ptr, amax_ptr, increment, n
     exponent = given_exponent(amax_ptr, increment, E5M2)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < numel
-    x = finite_or_nan(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32))
-    tl.store(payload_ptr + offset, encode(x * pow2(-exponent), E5M2), mask=mask)
+    x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
+    tl.store(payload_ptr + offset, encode(finite_or_nan(x * pow2(-exponent)), E5M2), mask=mask)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr, pow2(exponent))
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..formats import Format
 from ..tensor import MICRO, TILE, ScaledTensor, scale_shape
 from . import common
-from .common import decode, encode, is_e5m2, pow2, scale_exponent, tiles_of
+from .common import decode, encode, is_e5m2, pow2, scale_exponent, tiles_of, to_fp32
 
 MAX_ROW = 32768
 """Widest row held in registers; wider rows are read twice."""
@@ -50,7 +50,7 @@ def plan_row(cols: int, per_thread: int | None = None) -> RowPlan:
 def load_piece(ptr, first, cols, TILES: tl.constexpr):
     """Columns first .. first + TILES * 128 of one row as fp32 [TILES, 4, 32]; 0 beyond ``cols``."""
     column = first + columns_of(TILES)
-    return tl.load(ptr + column, mask=column < cols, other=0.0).to(tl.float32)
+    return to_fp32(tl.load(ptr + column, mask=column < cols, other=0.0))
 
 
 @triton.jit

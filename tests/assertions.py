@@ -1,0 +1,49 @@
+"""Assertions shared by the tests: bit for bit, and signal-to-noise in dB."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fp8_recipes.tensor import ScaledTensor
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``t``, one element's bytes in the last dimension."""
+    return t.detach().cpu().contiguous().view(torch.uint8).reshape(*t.shape, t.element_size()) if t.dim() else as_bytes(t.reshape(1))[0]
+
+
+def assert_bitwise(actual: torch.Tensor | ScaledTensor, expected: torch.Tensor | ScaledTensor, name: str = "result") -> None:
+    """Equal shape, dtype and bits; on failure names the first bad coordinate with both values and bytes. NaN equals NaN of the same bits."""
+    if isinstance(expected, ScaledTensor):
+        assert isinstance(actual, ScaledTensor), f"{name} is a {type(actual).__name__}, expected a ScaledTensor"
+        assert actual.granularity == expected.granularity, f"{name}.granularity {actual.granularity}, expected {expected.granularity}"
+        for field in ("scale", "tile_exponent", "global_scale", "payload"):
+            a, e = getattr(actual, field), getattr(expected, field)
+            assert (a is None) == (e is None), f"{name}.{field} is {a}, expected {e}"
+            if e is not None:
+                assert_bitwise(a, e, f"{name}.{field}")
+        return
+    assert isinstance(actual, torch.Tensor)
+    assert actual.dtype == expected.dtype, f"{name} has dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    differs = (as_bytes(actual) != as_bytes(expected)).any(dim=-1)
+    if not bool(differs.any()):
+        return
+    at = tuple(differs.nonzero()[0].tolist()) if differs.dim() else ()
+    shown = [f"{float(t[at])} (bytes {as_bytes(t)[at].flip(-1).tolist()})" for t in (actual, expected)]
+    raise AssertionError(f"{name}: {int(differs.sum())} of {differs.numel()} elements differ; first at {at}: {shown[0]}, expected {shown[1]}")
+
+
+def snr_db(truth: torch.Tensor, approximation: torch.Tensor) -> float:
+    """10 log10(|truth|^2 / |truth - approximation|^2) in fp64; inf when equal."""
+    truth, approximation = truth.double(), approximation.double()
+    noise = (truth - approximation).square().sum().item()
+    return math.inf if noise == 0 else 10 * math.log10(truth.square().sum().item() / noise)
+
+
+def assert_snr(truth: torch.Tensor, approximation: torch.Tensor, at_least: float, name: str = "result") -> None:
+    """SNR of at least ``at_least`` dB."""
+    got = snr_db(truth, approximation)
+    assert got >= at_least, f"{name}: {got:.3f} dB against the truth, expected at least {at_least:.3f} dB"
