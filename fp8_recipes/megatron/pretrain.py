@@ -62,7 +62,7 @@ def configure() -> tuple[argparse.Namespace, Any]:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args()
+    args = parse_and_validate_args(args_defaults={"eval_interval": 1000})  # 0.19 divides by it even with --eval-iters 0
     given = [flag for name, flag in _UNSUPPORTED.items() if getattr(args, name, None)]
     if given:
         raise RecipeError(
