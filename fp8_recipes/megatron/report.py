@@ -29,7 +29,27 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
     body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
     widths = [max(len(row[column]) for row in body) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
-    return "\n".join([title, *("  " + line for line in lines)])
+    return "\n".join([title, *("  " + line for line in lines + _fused_mlps(args, chunks))])
+
+
+def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
+    """Whether the MLPs run as one function (see `mlp`) or module by module, and why."""
+    if not (getattr(args, "fp8", None) and arguments.is_ours(args.fp8_recipe)):
+        return []
+    from megatron.core.transformer.mlp import MLP
+
+    from .mlp import static_reason
+
+    reasons: dict[str | None, int] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MLP):
+                reason = static_reason(module) if arguments.resolve(str(args.fp8_recipe)).folded else "the recipe keeps its fine scales (fold=none)"
+                reasons[reason] = reasons.get(reason, 0) + 1
+    return [
+        f"{count} MLPs: norm, fc1, SwiGLU and fc2 as one FP8 function" if reason is None else f"{count} MLPs: module by module: {reason}"
+        for reason, count in reasons.items()
+    ]
 
 
 def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int]]:

@@ -54,6 +54,27 @@ def test_precision_table_honours_first_and_last_layers_and_the_precision_file(mo
     assert "output_layer - 8x4 bf16" in lines
 
 
+def test_table_says_how_the_mlps_run_and_why(monkeypatch):
+    pytest.importorskip("transformer_engine.pytorch", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+    mlp = pytest.importorskip("megatron.core.transformer.mlp", reason="Megatron-Core is not installed")
+    from fp8_recipes.megatron import mlp as ours
+
+    blocks = []
+    for bias in (False, True, True):
+        block = mlp.MLP.__new__(mlp.MLP)
+        torch.nn.Module.__init__(block)
+        block.bias = bias
+        blocks.append(block)
+    monkeypatch.setattr(ours, "static_reason", lambda module: "its linears have a bias" if module.bias else None)
+    args = argparse.Namespace(fp8="e4m3", fp8_recipe="moss")
+    assert report._fused_mlps(args, blocks) == [
+        "1 MLPs: norm, fc1, SwiGLU and fc2 as one FP8 function",
+        "2 MLPs: module by module: its linears have a bias",
+    ]
+    assert "fold=none" in report._fused_mlps(argparse.Namespace(fp8="e4m3", fp8_recipe="moss_exact"), blocks)[0]
+    assert report._fused_mlps(argparse.Namespace(fp8="e4m3", fp8_recipe="tensorwise"), blocks) == []
+
+
 def write_log(path, losses, start=1):
     log = report.IterationLog(path)
     for n, loss in enumerate(losses, start):
