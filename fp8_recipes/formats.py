@@ -6,8 +6,8 @@ Here every scale is a power of two, that is, nothing but an exponent. Two conseq
 * changing a payload from one scale to another moves its exponent field and leaves its mantissa alone (exact until the result is subnormal);
 * dividing by a scale is exact, so quantisation rounds once.
 
-Scales round **up**: the smallest power of two ``s`` with ``amax <= fmt.max * s``. Rounding down would overflow the largest element of every other group
-(the OCP floor rule; NVIDIA's MXFP8 study, arXiv 2506.08027, saw it diverge).
+Scales round **up**: the smallest power of two ``s`` with ``amax <= fmt.max * s``. The OCP rule, ``floor(log2(amax)) - max_exponent``, overflows the
+largest element wherever ``amax = m * 2**e`` with ``m > 1.75``, about one group in five (NVIDIA's MXFP8 study, arXiv 2506.08027, saw it diverge).
 """
 
 from __future__ import annotations

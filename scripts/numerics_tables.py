@@ -283,6 +283,7 @@ def measure_wgrad() -> Iterable[Row]:
             qx, qdy = operand(x), operand(dy)
             dw = qdy.double().t() @ qx.double()
             row = {"case": case, "operand": way, "dw_db": number(snr(truth, dw).item()), "dw_worst_row_db": number(worst_row(truth, dw))}
+            row |= {"dw_rows_below_10db": str((snr(truth, dw, dim=1) < 10).sum().item())}
             yield row | {"x_flushed_percent": number(flushed(x, qx), 3), "dy_flushed_percent": number(flushed(dy, qdy), 3)}
 
 
@@ -350,6 +351,7 @@ def tables() -> dict[str, str]:
         "mantissa": listing(read_csv("numerics_mantissa"), ["values", "snr_db"]),
         "wgrad": pivot(wgrad, "operand", "case", "dw_db", "operands of wgrad"),
         "wgrad-worst-row": pivot(wgrad, "operand", "case", "dw_worst_row_db", "operands of wgrad"),
+        "wgrad-lost-rows": pivot(wgrad, "operand", "case", "dw_rows_below_10db", "operands of wgrad"),
         "wgrad-flushed": pivot(wgrad, "operand", "case", "dy_flushed_percent", "operand dy of wgrad"),
     }
     for name, place in (("micro", "in every 1x32"), ("tile", "in every 1x128"), ("row", "in every row")):
