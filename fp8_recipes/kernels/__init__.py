@@ -1,6 +1,7 @@
 """The operations as Triton kernels for Hopper: the names and signatures of `fp8_recipes.reference`, for CUDA tensors.
 
-Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the reference for CPU tensors. With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests.
+Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the reference for CPU tensors. With ``TRITON_INTERPRET=1`` they run on CPU
+tensors, for tests.
 """
 
 from .fold_transpose import fold_transpose

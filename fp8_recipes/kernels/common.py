@@ -3,8 +3,8 @@
 The cast is one place on purpose. On a GPU it is the hardware's conversion (round to nearest even, saturating). Under Triton's CPU interpreter
 (``TRITON_INTERPRET=1``) it is integer arithmetic, because the interpreter's own conversion to float8e4nv goes wrong when rounding carries into the exponent.
 
-NaN and Inf: the hardware saturates Inf, the reference turns it into NaN. ``x + x * 0`` is x for every finite x and NaN for the rest, in one instruction; NaN is then
-dropped by ``max`` (so it enters no scale) and kept by the cast (as byte 0x7F).
+NaN and Inf: the hardware saturates Inf, the reference turns it into NaN. ``x + x * 0`` is x for every finite x and NaN for the rest, in one instruction;
+NaN is then dropped by ``max`` (so it enters no scale) and kept by the cast (as byte 0x7F).
 
 FP32 subnormals are never flushed: Triton compiles without ftz, so a bf16 subnormal is scaled by 2**126 exactly as in the reference.
 """
@@ -82,9 +82,8 @@ def tiles_of(cols: int) -> int:
 @triton.jit
 def to_fp32(x):
     """Input values (bf16, fp16, fp32) as fp32, exactly. The interpreter's own conversion of bf16 subnormals is wrong."""
-    if INTERPRETED:
-        if x.dtype == tl.bfloat16:
-            return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 

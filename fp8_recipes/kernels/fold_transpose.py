@@ -5,9 +5,9 @@ travel through shared memory:
 
     4 rows x 4 columns = one word from each of 4 rows  --8 x prmt-->  one word for each of 4 columns  --transpose of words-->  runs of TR bytes along the rows
 
-The exponent shift happens on the words as they arrive, four values at once: FP8 -> f16 (exact), two multiplications by powers of two, f16 -> FP8 (one rounding to
-nearest even, saturating, NaN kept). f16 holds every intermediate that can still be non-zero at the end; products that f16 rounds are below half of the smallest
-FP8 subnormal after the shift.
+The exponent shift happens on the words as they arrive, four values at once: FP8 -> f16 (exact), two multiplications by powers of two, f16 -> FP8 (one
+rounding to nearest even, saturating, NaN kept). f16 holds every intermediate that can still be non-zero at the end; products that f16 rounds are below half
+of the smallest FP8 subnormal after the shift.
 
 The target exponent of 128 columns is a maximum over all rows. A small first kernel reduces the tile exponents (1/128 of the data) to PARTS partial maxima per
 column block; each program of the second kernel finishes its own maximum from them.
@@ -26,6 +26,7 @@ from ..reference.quantize import tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor
 from . import common
 from .common import INTERPRETED, check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, tiles_of, to_fp32
+from .launch import launch
 from .quantize import given_exponent
 
 
@@ -181,7 +182,10 @@ def _partial_target_kernel(exponent_ptr, partial_ptr, rows, tiles, ROWS: tl.cons
 
 @triton.jit
 def _row_shift(source_ptr, row, column, target, rows, cols, GROUP: tl.constexpr):
-    """Exponent shift of the values at [row, column] (broadcastable); 255 where the source scale is bad. GROUP 0: fp32 scale per row; else E8M0 per GROUP columns."""
+    """Exponent shift of the values at [row, column] (broadcastable); 255 where the source scale is bad.
+
+    GROUP 0: fp32 scale per row; else E8M0 per GROUP columns.
+    """
     if GROUP == 0:
         bits = tl.load(source_ptr + row, mask=row < rows, other=1.0).to(tl.int32, bitcast=True)
         byte = bits >> 23  # negative if the sign is set
@@ -308,15 +312,15 @@ def _partial_targets(tiles: torch.Tensor, overlap: bool) -> torch.Tensor:
     parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(rows, group)))
     width = min(128, triton.next_power_of_2(count))
     partial = common.empty((count, parts), torch.uint8, tiles.device)
-    _partial_target_kernel[(parts, triton.cdiv(count, width))](tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=4)
+    launch(_partial_target_kernel, (parts, triton.cdiv(count, width)), tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=4)
     return partial
 
 
 def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: TransposePlan | None = None) -> ScaledTensor:
     """Kernel twin of `fp8_recipes.reference.fold_transpose`: payload [cols, rows], one scale per row of the result.
 
-    q: row (with tile_exponent), tile or micro (global_scale None). Where a scale is not a power of two the reference raises; here its values become NaN, because
-    a kernel that raised would have to wait for the host. plan: tile and launch order, for benchmarks.
+    q: row (with tile_exponent), tile or micro (global_scale None). Where a scale is not a power of two the reference raises; here its values become NaN,
+    because to raise the host would have to wait for the GPU. plan: tile and launch order, for benchmarks.
     """
     if to not in ("column_block", "tensor"):
         raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
@@ -338,13 +342,15 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
         if rows % 4 or cols % 4:
             grid: tuple[int, ...] = (triton.cdiv(rows, 32), tiles_of(cols))
             arguments = (q.payload.view(torch.uint8), payload, scale, source, partial, rows, cols, stride)
-            _fold_transpose_bytes_kernel[grid](*arguments, PARTS=partial.shape[1], **constants)
+            launch(_fold_transpose_bytes_kernel, grid, *arguments, PARTS=partial.shape[1], **constants)
         else:
             grid = (triton.cdiv(rows, plan.rows) * tiles_of(cols),)
             arguments = (q.payload.view(torch.int32), payload.view(torch.int32), scale, source, partial, rows, cols, stride)
-            launch = {"launch_pdl": True} if overlap else {}
-            _fold_transpose_kernel[grid](
-                *arguments, PARTS=partial.shape[1], TR=plan.rows, **constants, COLUMNS_FIRST=plan.columns_first, OVERLAP=overlap, num_warps=plan.warps, **launch
+            pdl = {"launch_pdl": True} if overlap else {}
+            launch(
+                _fold_transpose_kernel,
+                grid,
+                *arguments, PARTS=partial.shape[1], TR=plan.rows, **constants, COLUMNS_FIRST=plan.columns_first, OVERLAP=overlap, num_warps=plan.warps, **pdl
             )
     return ScaledTensor(payload.view(q.payload.dtype), scale, "row")
 
@@ -358,7 +364,9 @@ def quantize_given_transposed(w: torch.Tensor, amax: torch.Tensor, increment: fl
     width = 64
     grid = (triton.cdiv(rows, plan.rows) * triton.cdiv(cols, width),)
     with on_device(w):
-        _quantize_given_transposed_kernel[grid](
+        launch(
+            _quantize_given_transposed_kernel,
+            grid,
             w,
             payload.view(torch.int32),
             scale,

@@ -27,6 +27,7 @@ from ..formats import E4M3, format_of
 from ..reference.gemm import check_product
 from ..tensor import ScaledTensor
 from .gemm_configs import BLOCK_K, GemmConfig, select_config
+from .launch import launch
 
 _ALIGNMENT = 16
 """Bytes: TMA's alignment of base addresses and row strides."""
@@ -259,7 +260,9 @@ def gemm_persistent(
     out_desc = TensorDescriptor.from_tensor(out, [config.block_m, width]) if by_tma else None
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     programs = min(programs, tiles)
-    _gemm_kernel[(programs,)](
+    launch(
+        _gemm_kernel,
+        (programs,),
         TensorDescriptor.from_tensor(a.payload, [config.block_m, BLOCK_K]),
         TensorDescriptor.from_tensor(b.payload, [config.block_n, BLOCK_K]),
         out_desc,

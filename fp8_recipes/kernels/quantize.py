@@ -1,7 +1,7 @@
 """Quantise in one read of the input: `fp8_recipes.reference.quantize`, bit for bit.
 
-Bytes moved per value: 2 in (bf16), 1 out, plus one byte per 128 (tile exponents) and 4 per row. Rows up to 32768 columns stay in registers between the maximum and the
-cast; wider ones are read twice. "tensor" and "measured" need the maximum of everything first and read twice by nature.
+Bytes moved per value: 2 in (bf16), 1 out, plus one byte per 128 (tile exponents) and 4 per row. Rows up to 32768 columns stay in registers between the
+maximum and the cast; wider ones are read twice. "tensor" and "measured" need the maximum of everything first and read twice by nature.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..reference.quantize import _check_options, tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
 from . import common
 from .common import check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, scale_exponent, to_fp32
+from .launch import launch
 from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
 
 WIDE_TILES = 32
@@ -170,7 +171,7 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     programs = min(triton.cdiv(x.numel(), FLAT), 1056)  # eight for each of 132 multiprocessors
     partial = common.empty((programs,), torch.float32, x.device)
     with on_device(x):
-        _partial_amax_kernel[(programs,)](x, partial, x.numel(), BLOCK=FLAT)
+        launch(_partial_amax_kernel, (programs,), x, partial, x.numel(), BLOCK=FLAT)
     return partial.amax()
 
 
@@ -195,17 +196,17 @@ def quantize(
         global_scale = global_scale_from_amax(amax(x), fmt)
     elif global_scale is not None:
         global_scale = global_scale.float()
-    q = empty_rows(*x.shape, granularity, fold, fmt, x.device)
+    q = empty_rows(x.shape[0], x.shape[1], granularity, fold, fmt, x.device)
     q.global_scale = global_scale
     pointers, constants = row_arguments(q, granularity, fold)
     constants["GLOBAL"] = global_scale is not None
     arguments = (x, *pointers, x if global_scale is None else global_scale, x.shape[1])
     with on_device(x):
         if x.shape[1] > MAX_ROW:
-            _quantize_wide_rows_kernel[(x.shape[0],)](*arguments, TILES=WIDE_TILES, **constants, num_warps=4)
+            launch(_quantize_wide_rows_kernel, (x.shape[0],), *arguments, TILES=WIDE_TILES, **constants, num_warps=4)
         else:
             plan = plan_row(x.shape[1])
-            _quantize_rows_kernel[(x.shape[0],)](*arguments, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+            launch(_quantize_rows_kernel, (x.shape[0],), *arguments, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
     return q
 
 
@@ -214,7 +215,7 @@ def _quantize_blocks(x: torch.Tensor, fmt: Format) -> ScaledTensor:
     payload = common.empty((rows, cols), torch.uint8, x.device)
     scale = common.empty(scale_shape(rows, cols, "block"), torch.float32, x.device)
     with on_device(x):
-        _quantize_block_kernel[(scale.shape[0], scale.shape[1])](x, payload, scale, rows, cols, E5M2=is_e5m2(fmt), num_warps=8)
+        launch(_quantize_block_kernel, (scale.shape[0], scale.shape[1]), x, payload, scale, rows, cols, E5M2=is_e5m2(fmt), num_warps=8)
     return ScaledTensor(payload.view(fmt.dtype), scale, "block")
 
 
@@ -224,7 +225,7 @@ def _quantize_given(x: torch.Tensor, amax: torch.Tensor, increment: float, fmt: 
     scale = common.empty((), torch.float32, x.device)
     with on_device(x):
         grid = (triton.cdiv(x.numel(), FLAT),)
-        _quantize_given_kernel[grid](x, payload, scale, amax, float(increment), x.numel(), BLOCK=FLAT, E5M2=is_e5m2(fmt))
+        launch(_quantize_given_kernel, grid, x, payload, scale, amax, float(increment), x.numel(), BLOCK=FLAT, E5M2=is_e5m2(fmt))
     return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")
 
 
@@ -249,7 +250,7 @@ def quantize_weight(w: torch.Tensor, amax: torch.Tensor, increment: float = 0.0,
 
 
 def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
-    """Kernel twin of `fp8_recipes.reference.fold`. Where a scale is not a power of two the reference raises; here that group becomes NaN (no host synchronisation)."""
+    """Kernel twin of `fp8_recipes.reference.fold`. Where a scale is not a power of two the reference raises; here that group becomes NaN (no host sync)."""
     if granularity not in ("row", "tensor"):
         raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
     if q.global_scale is not None:
@@ -279,7 +280,9 @@ def _fold_payload(q: ScaledTensor, source: torch.Tensor, target: torch.Tensor) -
     width = {"micro": MICRO, "tile": TILE, "block": TILE, "row": 0, "tensor": 0}[q.granularity]
     block = min(FLAT, triton.next_power_of_2(cols))
     with on_device(q.payload):
-        _fold_kernel[(rows, triton.cdiv(cols, block))](
+        launch(
+            _fold_kernel,
+            (rows, triton.cdiv(cols, block)),
             q.payload.view(torch.uint8),
             out,
             source,

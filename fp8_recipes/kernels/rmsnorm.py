@@ -14,6 +14,7 @@ from ..reference.quantize import _check_options
 from ..tensor import ScaledTensor, check_matrix
 from . import common
 from .common import check_device, check_not_empty, finite_or_nan, on_device
+from .launch import launch
 from .quantize import quantize
 from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
 
@@ -83,7 +84,9 @@ def rmsnorm_quantize(
     pointers, constants = row_arguments(q, granularity, fold)
     plan = plan_row(cols)
     with on_device(x):
-        _rmsnorm_quantize_kernel[(rows,)](
+        launch(
+            _rmsnorm_quantize_kernel,
+            (rows,),
             x, *pointers, gamma.contiguous(), rstd, cols, eps, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps
         )
     return q, rstd

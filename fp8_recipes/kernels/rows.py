@@ -1,8 +1,9 @@
 """One program quantises one row, held in registers.
 
 A row is cut into a *block* and, if that leaves a remainder, a smaller *tail*: both powers of two (Triton's tensors must be), so that 11008 columns cost
-8192 + 4096 lanes and not 16384. Each is a [tiles, 4, 32] tensor: 128-column tiles of four 32-column micro groups, so that both kinds of group are reductions along
-an axis and need no data movement. `load_piece`, `micro_amax` and `store_piece` are the three steps; quantize, rmsnorm and swiglu differ only between the first two.
+8192 + 4096 lanes and not 16384. Each is a [tiles, 4, 32] tensor: 128-column tiles of four 32-column micro groups, so that both kinds of group are
+reductions along an axis and need no data movement. `load_piece`, `micro_amax` and `store_piece` are the three steps; quantize, rmsnorm and swiglu differ
+only between the first two.
 """
 
 from __future__ import annotations
@@ -87,10 +88,7 @@ def store_piece(
     if LOCAL == "row":
         byte = encode(y * pow2(-row_exp), E5M2)
     else:
-        if LOCAL == "tile":
-            exponent = tile_exp[:, None, None]
-        else:
-            exponent = scale_exponent(micro, E5M2)[:, :, None]
+        exponent = tile_exp[:, None, None] if LOCAL == "tile" else scale_exponent(micro, E5M2)[:, :, None]
         byte = encode(y * pow2(-exponent), E5M2)
         if FOLD:
             # The second rounding is the fold's: what is already in FP8 moves to the row's exponent.

@@ -15,6 +15,7 @@ from ..reference.activation import swiglu, swiglu_backward
 from ..reference.quantize import _check_options
 from ..tensor import TILE, ScaledTensor, check_matrix
 from .common import check_device, check_not_empty, finite_or_nan, on_device
+from .launch import launch
 from .quantize import quantize
 from .rows import (
     ELEMENTS_PER_THREAD,
@@ -142,7 +143,7 @@ def swiglu_quantize(h: torch.Tensor, granularity: str = "row", fmt: Format = E4M
     pointers, constants = row_arguments(q, granularity, fold)
     plan = plan_row(cols)
     with on_device(h):
-        _swiglu_quantize_kernel[(rows,)](h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+        launch(_swiglu_quantize_kernel, (rows,), h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
     return q
 
 
@@ -168,5 +169,5 @@ def swiglu_backward_quantize(
     pointers, constants = row_arguments(q, granularity, fold)
     plan = plan_row(cols, ELEMENTS_PER_THREAD // 2)
     with on_device(dy):
-        _swiglu_backward_quantize_kernel[(rows,)](dy, h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+        launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
     return q

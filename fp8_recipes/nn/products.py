@@ -118,10 +118,15 @@ def wgrad(
     out: torch.Tensor | None = None,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """``dw = dy^T x`` [N, K], written or added into ``out`` (main_grad) if given."""
+    """``dw = dy^T x`` [N, K], written or added into ``out`` (main_grad) if given.
+
+    wgrad is the last reader of both payloads: a caller that keeps no reference lets each be freed as soon as its transposed form exists.
+    """
     if recipe.folded:
         a = ops.fold_transpose(dy, recipe.wgrad_fold)  # [N, T]
+        del dy
         b = ops.fold_transpose(x, recipe.wgrad_fold)  # [K, T]
+        del x
         return ops.gemm(a, b, out_dtype=out_dtype, out=out, accumulate=accumulate, promote=recipe.promote)
     operand = torch.bfloat16 if dy.device.type == "cuda" else torch.float32
     dw = _local(dy, operand).t() @ _local(x, operand)  # [N, T] @ [T, K]

@@ -76,8 +76,9 @@ class _NormSwiGLU(torch.autograd.Function):
         dyq = products.quantize_grad(dy.reshape(-1, dy.shape[-1]).contiguous(), recipe)
         da = products.dgrad(dyq, op2, out_dtype=dy.dtype)  # [T, H] @ [H, F]
         dw2 = _weight_gradient(dyq, aq, ctx.weights[1], options)
+        del dyq, aq
         dhq = ops.swiglu_backward_quantize(da, h, recipe.grad_granularity, recipe.grad_format, fold=fold)
-        del da, dyq
+        del da, h
         dn = products.dgrad(dhq, op1, out_dtype=dy.dtype)  # [T, 2F] @ [2F, H]
         dw1 = _weight_gradient(dhq, xq, ctx.weights[0], options)
         dx, dgamma = tex.rmsnorm_bwd(dn, x2d, rstd, gamma, 0, options.zero_centered_gamma)

@@ -61,6 +61,11 @@ class QuantizedActivation(_Storage):
             raise RuntimeError("this FP8 activation was released already: TransformerEngine cleared it and then asked for it")
         return self.q
 
+    def release(self) -> ScaledTensor:
+        """`operand`, given up: nothing asks for dy after wgrad, and its payload is freed there as soon as the transposed form exists."""
+        q, self.q = self.operand(), None
+        return q
+
     def prepare_for_saving(self) -> tuple[list[torch.Tensor | None], QuantizedActivation]:
         q, saved = self.operand(), copy.copy(self)
         saved.q, saved._granularity = None, q.granularity  # type: ignore[attr-defined]

@@ -83,7 +83,7 @@ def _own_products() -> None:
                 raise RuntimeError("fp8_recipes has no GEMM with fused GELU; this is a call that TransformerEngine 2.20 does not make under a custom recipe")
             dtype = out_dtype or B.dtype
             if layout == "NT":  # dw = dy^T x
-                y = products.wgrad(B.operand(), A.operand(), B._quantizer.recipe, out_dtype=dtype, out=out, accumulate=accumulate)
+                y = products.wgrad(B.release(), A.operand(), B._quantizer.recipe, out_dtype=dtype, out=out, accumulate=accumulate)
             elif layout == "TN":  # y = x w^T
                 y = _into(products.fprop(B.operand(), A.operand, bias=bias, out_dtype=dtype), out, accumulate)
             else:  # "NN": dx = dy w
