@@ -9,6 +9,7 @@ only between the first two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -123,7 +124,7 @@ def empty_rows(rows: int, cols: int, granularity: str, fold: str | None, fmt: Fo
     return ScaledTensor(payload, scale, result, tile_exponent=tile_exponent)
 
 
-def row_arguments(q: ScaledTensor, granularity: str, fold: str | None) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+def row_arguments(q: ScaledTensor, granularity: str, fold: str | None) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
     """(output pointers, constants) that every row kernel takes."""
     tile_exponent = q.scale if q.tile_exponent is None else q.tile_exponent  # never read when absent
     pointers = (q.payload.view(torch.uint8), q.scale, tile_exponent)

@@ -30,6 +30,9 @@ from .rows import (
     store_row_scale,
 )
 
+BACKWARD_REGISTERS = 64
+"""Per thread, for rows that take 16 warps: with the 88 that the compiler would use only one program fits a multiprocessor. 0 = the compiler's choice."""
+
 
 @triton.jit
 def _sigmoid(x):
@@ -169,5 +172,8 @@ def swiglu_backward_quantize(
     pointers, constants = row_arguments(q, granularity, fold)
     plan = plan_row(cols, ELEMENTS_PER_THREAD // 2)
     with on_device(dy):
-        launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+        constants |= {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
+        if BACKWARD_REGISTERS and plan.warps == 16:
+            constants["maxnreg"] = BACKWARD_REGISTERS
+        launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, **constants)
     return q

@@ -1,0 +1,101 @@
+"""swiglu_quantize and its backward: the reference, up to the last place of exp."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from assertions import assert_nearly_bitwise, snr_db
+
+from fp8_recipes import reference
+from fp8_recipes.formats import FORMATS
+from fp8_recipes.kernels import swiglu_backward_quantize, swiglu_quantize
+
+module = import_module("fp8_recipes.kernels.swiglu")
+MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
+SHAPES = [(5, 128), (3, 832), (4, 100), (3, 96)]  # rows, F
+
+
+def inputs(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(rows * cols)
+    h = 3 * torch.randn(rows, 2 * cols, generator=gen)
+    dy = torch.randn(rows, cols, generator=gen) * torch.exp(torch.randn(rows, 1, generator=gen) * 2)
+    h[0, 0], h[0, 1] = 80.0, -120.0  # sigmoid saturates at either end
+    return dy.bfloat16().to(device), h.bfloat16().to(device)
+
+
+def truth(dy: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, [dgate | dup]) by autograd in fp64."""
+    x = h.double().requires_grad_()
+    gate, up = x.chunk(2, dim=1)
+    y = torch.nn.functional.silu(gate) * up
+    (grad,) = torch.autograd.grad(y, x, dy.double())
+    return y.detach(), grad
+
+
+def check(q, expected, exact):
+    assert q.payload.dtype == expected.payload.dtype
+    assert_nearly_bitwise(q.scale, expected.scale, 1e-4, "scale")
+    assert (q.tile_exponent is None) == (expected.tile_exponent is None)
+    if expected.tile_exponent is not None:
+        assert_nearly_bitwise(q.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
+    assert_nearly_bitwise(q.payload, expected.payload, 1e-3, "payload")
+    assert abs(snr_db(exact, reference.dequantize(q)) - snr_db(exact, reference.dequantize(expected))) < 0.05
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("granularity", "fold"), MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu(device, shape, granularity, fold, fmt):
+    dy, h = inputs(*shape, device)
+    y, grad = truth(dy, h)
+    check(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
+    actual = swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold)
+    check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
+
+
+def test_rows_too_wide_for_registers(device, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROW", 256)
+    dy, h = inputs(3, 384, device)
+    y, grad = truth(dy, h)
+    check(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
+    check(swiglu_backward_quantize(dy, h), reference.swiglu_backward_quantize(dy, h), grad)
+
+
+def test_bad_elements_stay_alone(device):
+    dy, h = inputs(4, 256, device)
+    h[1, 7], h[2, 256 + 9], dy[3] = float("nan"), float("inf"), 0.0
+    y = reference.dequantize(swiglu_quantize(h, "micro", fold="row"))
+    expected = torch.zeros_like(y, dtype=torch.bool)
+    expected[1, 7] = expected[2, 9] = True
+    assert torch.equal(y.isnan(), expected)
+    grad = reference.dequantize(swiglu_backward_quantize(dy, h, "micro", fold="row"))
+    expected = torch.zeros_like(grad, dtype=torch.bool)
+    expected[1, 7] = expected[1, 256 + 7] = expected[2, 9] = True
+    assert torch.equal(grad.isnan(), expected)
+    assert (grad[3] == 0).all()
+
+
+def test_bad_input(device):
+    dy, h = inputs(4, 128, device)
+    with pytest.raises(ValueError, match="odd width 255"):
+        swiglu_quantize(h[:, :255].contiguous())
+    with pytest.raises(ValueError, match="2F"):
+        swiglu_backward_quantize(dy, h[:, :128].contiguous())
+    with pytest.raises(ValueError, match="empty"):
+        swiglu_quantize(h[:0])
+    with pytest.raises(ValueError, match="empty"):
+        swiglu_backward_quantize(dy[:0], h[:0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 4096), (4096, 11008), (1024, 14336), (1024, 2816)], ids=str)
+@pytest.mark.parametrize(("granularity", "fold"), MODES[:4])
+def test_real_sizes(device, shape, granularity, fold):
+    dy, h = inputs(*shape, device)
+    y, grad = truth(dy, h)
+    for fmt in FORMATS.values():
+        check(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
+        actual = swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold)
+        check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
