@@ -65,7 +65,8 @@ command=(
   --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
   -m fp8_recipes.pretrain_gpt
   "${MODEL_ARGS[@]}" "${BATCH_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VOCAB_ARGS[@]}"
-  --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --attention-backend auto --train-iters "$steps"
+  --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --attention-backend auto --no-create-attention-mask-in-dataloader
+  --train-iters "$steps"
   "${recipe_args[@]}" "${data_args[@]}" "${log_args[@]}" "$@"
 )
 if $dry_run; then

@@ -126,6 +126,10 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
             f"--cuda-graph-impl {cuda_graph}: a captured graph would freeze the predicted weight scales; use --cuda-graph-impl none",
         ),
         (
+            getattr(args, "optimizer_cuda_graph", False),
+            "--optimizer-cuda-graph: a replayed optimizer step does not report its learning rate to the weight scales; drop the flag",
+        ),
+        (
             getattr(args, "use_transformer_engine_op_fuser", False),
             "--use-transformer-engine-op-fuser: te.ops hands our quantizers to C++ kernels that do not know them; drop the flag",
         ),
@@ -156,11 +160,14 @@ def matrix_dimensions(args: argparse.Namespace) -> dict[str, int]:
     channels = args.kv_channels or args.hidden_size // heads
     groups = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
     tokens = args.seq_length * args.micro_batch_size // cp // (tp if args.sequence_parallel else 1)
+    attention = {
+        f"--num-attention-heads * --kv-channels / TP {tp}": heads * channels // tp,
+        f"(heads + 2 * groups) * --kv-channels / TP {tp}": (heads + 2 * groups) * channels // tp,
+    }
     return {
         "--hidden-size": args.hidden_size,
         f"--ffn-hidden-size / TP {tp}": ffn // tp,
-        f"--num-attention-heads * --kv-channels / TP {tp}": heads * channels // tp,
-        f"(heads + 2 * groups) * --kv-channels / TP {tp}": (heads + 2 * groups) * channels // tp,
+        **({} if getattr(args, "multi_latent_attention", False) else attention),  # MLA has projections of its own, which TransformerEngine checks
         "tokens of a microbatch on one rank (--seq-length * --micro-batch-size / CP / TP with --sequence-parallel)": tokens,
     }
 

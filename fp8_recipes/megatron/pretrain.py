@@ -37,8 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
     try:
+        shims.install()
+    except (ImportError, RuntimeError) as error:  # something is missing or of an untested version
+        sys.exit(f"fp8_recipes: {error}")
+    try:
         args, container = configure()
-    except (RecipeError, ImportError) as error:
+    except RecipeError as error:  # asked for something that cannot be honoured
         sys.exit(f"fp8_recipes: {error}")
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps

@@ -87,6 +87,7 @@ REFUSALS = {
     "--fp8-quantizer-factory a.b": "--fp8-quantizer-factory",
     "--tp-comm-overlap": "--tp-comm-overlap",
     "--cuda-graph-impl local": "--cuda-graph-impl local",
+    "--optimizer-cuda-graph": "--optimizer-cuda-graph",
     "--use-transformer-engine-op-fuser": "--use-transformer-engine-op-fuser",
     "--transformer-impl local": "--transformer-impl local",
     "--use-megatron-fsdp": "--use-megatron-fsdp",
@@ -119,7 +120,14 @@ def test_fp16_is_refused(parse, base_flags):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--first-last-layers-bf16", "--tensor-model-parallel-size 2 --sequence-parallel", "--context-parallel-size 2", "--optimizer sgd"]
+    "flags",
+    [
+        "--first-last-layers-bf16",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--context-parallel-size 2",
+        "--optimizer sgd",
+        "--multi-latent-attention --kv-channels 10",
+    ],
 )
 def test_supported_combinations_pass(parse, flags):
     args, _ = prepared(parse, f"--fp8-recipe moss {flags}")

@@ -61,6 +61,14 @@ def test_one_clean_line_for_the_user(monkeypatch):
         runpy.run_module("fp8_recipes.pretrain_gpt", run_name="__main__")
 
 
+def test_untested_version_is_one_clean_line(monkeypatch):
+    from fp8_recipes.megatron import pretrain, shims
+
+    monkeypatch.setattr(shims, "_megatron_version", lambda: "0.21.0")
+    with pytest.raises(SystemExit, match="fp8_recipes: Megatron-Core 0.21.0 is untested"):
+        pretrain.main([])
+
+
 def test_adaptor_installs_on_import():
     import megatron.core.fp8_utils
 
