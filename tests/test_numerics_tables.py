@@ -63,3 +63,11 @@ def test_recipes_document_names_every_recipe_and_field() -> None:
         assert field.name == "name" or f"`{field.name}`" in fields
     for name in RECIPES:
         assert f"| `{name}` |" in text
+
+
+def test_recipes_document_gives_the_defaults() -> None:
+    fields = (ROOT / "docs" / "recipes.md").read_text().split("## Fields")[1]
+    for field in dataclasses.fields(Recipe):
+        if field.name != "name":
+            line = next(line for line in fields.splitlines() if line.startswith("|") and f"`{field.name}`" in line)
+            assert f"({str(field.default).lower()})" in line, f"{field.name} is {field.default} by default"
