@@ -89,6 +89,34 @@ def test_dataset_config_reads_our_text(configure, base_flags, tmp_path):
     assert config.blend == ([str(tmp_path / "text")], None) and config.tokenizer.eod == 256 and not config.mock
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_datasets_of_the_launcher(configure, base_flags, tmp_path, monkeypatch, text):
+    """Megatron's own builder on our text and on mock data: next-token labels, byte tokens, the same sample twice."""
+    from megatron.core import parallel_state
+    from megatron.training import utils
+
+    from fp8_recipes import data
+    from fp8_recipes.megatron import pretrain
+
+    monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(utils, "is_first_or_last_pipeline_stage", lambda vp_stage: True)
+    flags = "--no-create-attention-mask-in-dataloader"
+    if text:
+        (tmp_path / "a.py").write_text("".join(f"name_{i} = {i}\n" for i in range(900)))
+        data.build_from_roots(tmp_path / "text", [tmp_path])
+        base_flags = base_flags.replace("--mock-data", "").replace("--vocab-size 256", "")
+        flags += f" --data-path {tmp_path / 'text'} --split 100,0,0 --data-cache-path {tmp_path / 'cache'} {' '.join(data.tokenizer_flags())}"
+    configure(flags, base=base_flags)
+    train, _, _ = pretrain.datasets_provider([20, 0, 0])
+    sample, again = train[3], train[3]
+    assert len(train) >= 20 and "attention_mask" not in sample
+    assert sample["tokens"].shape == sample["labels"].shape == (128,)
+    assert (sample["tokens"][1:] == sample["labels"][:-1]).all() and (sample["tokens"] == again["tokens"]).all()
+    assert sample["tokens"].max() < data.VOCAB_SIZE and sample["tokens"].dtype == sample["labels"].dtype
+    if text:
+        assert "name_" in bytes(sample["tokens"].to(int).clamp(max=255).tolist()).decode("latin-1")
+
+
 def test_loss_is_the_masked_sum(configure, monkeypatch):
     import torch
     from megatron.training import get_args
