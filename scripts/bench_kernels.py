@@ -1,0 +1,337 @@
+"""The memory-bound kernels on one GPU: checked bit for bit against the reference, then timed against a copy of the same bytes and TransformerEngine.
+
+    python scripts/bench_kernels.py [--check] [--sweep] [--bench] [--csv DIR]      (no flag: check, then bench)
+
+Times are medians of --rounds rounds in which all contenders take turns, on inputs that rotate so that they are not in L2, with the host far enough ahead not to
+be measured. "of copy" is the share of what a device-to-device copy of as many bytes reached in the same rounds. Exits with 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8_recipes import kernels, reference
+from fp8_recipes.formats import E4M3, E5M2
+from fp8_recipes.kernels.fold_transpose import TransposePlan
+from fp8_recipes.tensor import ScaledTensor
+
+SHAPES = [(8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016), (16384, 4096), (32768, 4096), (32768, 11008)]
+WEIGHTS = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)]
+PLANS = [TransposePlan(*p) for p in itertools.product((128, 256), (4, 8), (True, False), (False, True))]
+ALLOC: Any = import_module("fp8_recipes.kernels.common")
+ROWS: Any = import_module("fp8_recipes.kernels.rows")
+FOLD_TRANSPOSE: Any = import_module("fp8_recipes.kernels.fold_transpose")
+SWIGLU: Any = import_module("fp8_recipes.kernels.swiglu")
+Run = Callable[[int], object]
+Table = list[dict[str, object]]
+ROTATE_BYTES = 160 << 20
+"""Inputs rotate through at least this much, three times the L2."""
+
+
+def data(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """bf16 normal rows of different size (a binade or two apart, as activations have), so that folds do shift."""
+    gen = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(rows, cols, device="cuda", generator=gen, dtype=torch.bfloat16)
+    return x.mul_(torch.exp(torch.randn(rows, 1, device="cuda", generator=gen)).bfloat16())
+
+
+@contextmanager
+def attribute(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An output that starts as NaN bytes, so that what no kernel writes is seen."""
+    t = torch.empty(shape, dtype=dtype, device=device)
+    t.view(-1).view(torch.uint8).fill_(0x7F)
+    return t
+
+
+def differences(actual: ScaledTensor, expected: ScaledTensor) -> int:
+    """Number of bytes that differ in payload and scales."""
+    count = 0
+    for field in ("payload", "scale", "tile_exponent", "global_scale"):
+        a, e = getattr(actual, field), getattr(expected, field)
+        if (a is None) != (e is None):
+            return -1
+        if e is not None:
+            count += int((a.contiguous().view(-1).view(torch.uint8) != e.contiguous().view(-1).view(torch.uint8)).sum())
+    return count
+
+
+def check_cases() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
+    """(name, kernel's result, reference's result, share of bytes that may differ)."""
+    for rows, cols in ((1024, 4096), (516, 11008), (260, 22016), (37, 700), (64, 40960)):
+        x = data(rows, cols)
+        x[3, 5], x[4, 6], x[5], x[6] = float("nan"), float("-inf"), 0.0, x[6] * 1e-38
+        for fmt, (granularity, fold) in itertools.product(
+            (E4M3, E5M2), (("micro", "row"), ("row", None), ("tile", "row"), ("micro", None), ("tile", None), ("block", None), ("tensor", None))
+        ):
+            case = f"{rows}x{cols} {fmt} {granularity}{'+fold' if fold else ''}"
+            q = reference.quantize(x, granularity, fmt, fold=fold)
+            yield f"quantize {case}", kernels.quantize(x, granularity, fmt, fold=fold), q, 0
+            if granularity in ("micro", "tile", "row"):
+                for to in ("column_block", "tensor"):
+                    yield f"fold_transpose {case} {to}", kernels.fold_transpose(q, to), reference.fold_transpose(q, to), 0
+                yield f"fold {case}", kernels.fold(q, "tensor"), reference.fold(q, "tensor"), 0
+        measured = partial(reference.quantize, x, "micro", global_scale="measured")
+        yield f"quantize {rows}x{cols} measured", kernels.quantize(x, "micro", global_scale="measured"), measured(), 0
+        amax = torch.tensor(3.5, device="cuda")
+        for transpose in (False, True):
+            got = kernels.quantize_weight(x, amax, 0.125, transpose=transpose)
+            yield f"quantize_weight {rows}x{cols} transpose={transpose}", got, reference.quantize_weight(x, amax, 0.125, transpose=transpose), 0
+    yield from check_plans()
+    yield from check_fused()
+
+
+def check_plans() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
+    """Every code under every shift, through every plan."""
+    shifts = torch.arange(-60, 68, dtype=torch.int32)
+    for fmt in (E4M3, E5M2):
+        payload = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(128, 1).view(fmt.dtype).cuda()
+        tiles = torch.full((128, 2), 127, dtype=torch.uint8, device="cuda")
+        q = ScaledTensor(payload, torch.exp2(shifts.float()).cuda(), "row", tile_exponent=tiles)
+        for plan in PLANS:
+            yield f"fold_transpose all codes x shifts {fmt} {plan}", kernels.fold_transpose(q, plan=plan), reference.fold_transpose(q), 0
+    q = reference.quantize(data(1024, 4096), "micro", fold="row")
+    for plan in PLANS:
+        yield f"fold_transpose {plan}", kernels.fold_transpose(q, plan=plan), reference.fold_transpose(q), 0
+
+
+def check_fused() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
+    for (rows, cols), (granularity, fold) in itertools.product([(1024, 4096), (512, 11008)], [("micro", "row"), ("row", None), ("tile", None)]):
+        x, h, gamma = data(rows, cols), data(rows, 2 * cols, 1), data(1, cols, 2)[0]
+        case = f"{rows}x{cols} {granularity}"
+        got, rstd = kernels.rmsnorm_quantize(x, gamma, 1e-5, granularity, fold=fold)
+        expected, expected_rstd = reference.rmsnorm_quantize(x, gamma, 1e-5, granularity, fold=fold)
+        if not torch.allclose(rstd, expected_rstd, rtol=1e-6, atol=0):
+            raise SystemExit(f"rmsnorm_quantize {case}: rstd differs by {(rstd / expected_rstd - 1).abs().max().item():.2e}")
+        yield f"rmsnorm_quantize {case}", got, expected, 1e-3
+        yield f"swiglu_quantize {case}", kernels.swiglu_quantize(h, granularity, fold=fold), reference.swiglu_quantize(h, granularity, fold=fold), 1e-3
+        got = kernels.swiglu_backward_quantize(x, h, granularity, fold=fold)
+        yield f"swiglu_backward_quantize {case}", got, reference.swiglu_backward_quantize(x, h, granularity, fold=fold), 1e-3
+
+
+def check() -> bool:
+    failures = total = 0
+    with attribute(ALLOC, "empty", poisoned):
+        for name, actual, expected, share in check_cases():
+            count = differences(actual, expected)
+            total += 1
+            if count < 0 or count > share * actual.payload.numel():
+                failures += 1
+                print(f"  FAIL {name}: {count} bytes of {actual.payload.numel()} differ")
+    print(f"check: {total - failures} of {total} pass")
+    return failures == 0
+
+
+def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, float]:
+    """Median microseconds of each contender; each is a list of the same call on rotating inputs."""
+    for calls in contenders.values():
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
+    for i in range(rounds):
+        torch.cuda._sleep(1_500_000 + 400_000 * len(contenders))  # the GPU waits while the host fills its queue
+        for name, calls in contenders.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            calls[i % len(calls)]()
+            end.record()
+            events[name].append((begin, end))
+        torch.cuda.synchronize()
+    return {name: statistics.median(b.elapsed_time(e) * 1000 for b, e in pairs) for name, pairs in events.items()}
+
+
+def copy_calls(nbytes: float) -> list[Callable[[], object]]:
+    """Copies that move (read + write) ``nbytes``."""
+    half = int(nbytes) // 2
+    pairs = [(torch.empty(half, dtype=torch.uint8, device="cuda"), torch.empty(half, dtype=torch.uint8, device="cuda")) for _ in range(rotations(half))]
+    return [partial(dst.copy_, src) for src, dst in pairs]
+
+
+def rotations(nbytes: float) -> int:
+    return max(2, min(6, -(-ROTATE_BYTES // int(nbytes))))
+
+
+def te_calls(xs: list[torch.Tensor]) -> dict[str, list[Callable[[], object]]]:
+    """TransformerEngine's casts with transposed copy: current scaling (amax, then cast) and delayed (cast with a given scale)."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return {}
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+
+    current = Float8CurrentScalingQuantizer(tex.DType.kFloat8E4M3, torch.device("cuda"))
+    delayed = Float8Quantizer(torch.ones(1, device="cuda"), torch.zeros(1, device="cuda"), tex.DType.kFloat8E4M3)
+    return {"TE current cast+transpose": [partial(current, x) for x in xs], "TE delayed cast+transpose": [partial(delayed, x) for x in xs]}
+
+
+def record(table: Table, shape: tuple[int, int], times: dict[str, float], nbytes: dict[str, float], copy: str = "copy") -> None:
+    """Print and keep microseconds, GB/s and share of the copy's bandwidth; contenders without byte count are peers."""
+    bandwidth = nbytes[copy] / times[copy]
+    for name, us in times.items():
+        moved = nbytes.get(name)
+        rate = moved / us if moved else None
+        row = {"shape": f"{shape[0]}x{shape[1]}", "op": name, "us": round(us, 2), "GB/s": round(rate / 1000, 1) if rate else ""}
+        row["of_copy"] = round(rate / bandwidth, 3) if rate else ""
+        table.append(row)
+        shown = f"{rate / 1e6:6.3f} TB/s  {rate / bandwidth:6.1%} of copy" if rate else ""
+        print(f"{row['shape']:>12}  {name:<44} {us:9.1f} us  {shown}")
+
+
+def bench_activations(table: Table, rounds: int) -> None:
+    for rows, cols in SHAPES:
+        size = rows * cols
+        xs = [data(rows, cols, i) for i in range(rotations(2 * size))]
+        qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
+        contenders: dict[str, list[Callable[[], object]]] = {"copy (3 bytes)": copy_calls(3 * size), "copy (2 bytes)": copy_calls(2 * size)}
+        contenders["quantize micro+fold"] = [partial(kernels.quantize, x, "micro", fold="row") for x in xs]
+        contenders["quantize row"] = [partial(kernels.quantize, x, "row") for x in xs]
+        contenders["fold_transpose"] = [partial(kernels.fold_transpose, q) for q in qs]
+        if cols in (4096, 11008) and rows == 8192:
+            contenders["quantize tensor"] = [partial(kernels.quantize, x, "tensor") for x in xs]
+            contenders["quantize micro measured"] = [partial(kernels.quantize, x, "micro", global_scale="measured") for x in xs]
+            contenders |= te_calls(xs)
+        times = measure(contenders, rounds)
+        extra = rows * (-(-cols // 128) + 4)
+        once, twice = 3 * size + extra, 5 * size
+        nbytes: dict[str, float] = {"copy (3 bytes)": 3 * size, "quantize micro+fold": once, "quantize row": once}
+        nbytes |= {"quantize tensor": twice, "quantize micro measured": twice + size / 32}
+        transposes = {name: times.pop(name) for name in ("copy (2 bytes)", "fold_transpose")}
+        record(table, (rows, cols), times, nbytes, "copy (3 bytes)")
+        record(table, (rows, cols), transposes, {"copy (2 bytes)": 2 * size, "fold_transpose": 2 * size + extra}, "copy (2 bytes)")
+
+
+def bench_weights(table: Table, rounds: int) -> None:
+    amax = torch.tensor(4.0, device="cuda")
+    for rows, cols in WEIGHTS:
+        size = rows * cols
+        ws = [data(rows, cols, i) for i in range(rotations(2 * size))]
+        contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(3 * size)}
+        contenders["quantize_weight"] = [partial(kernels.quantize_weight, w, amax, 1e-3) for w in ws]
+        contenders["quantize_weight transpose"] = [partial(kernels.quantize_weight, w, amax, 1e-3, transpose=True) for w in ws]
+        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
+
+
+def bench_fused(table: Table, rounds: int) -> None:
+    for rows, cols in ((8192, 4096), (8192, 11008)):
+        size = rows * cols
+        hs, dys = [data(rows, 2 * cols, i) for i in range(2)], [data(rows, cols, i) for i in range(rotations(2 * size))]
+        gamma = data(1, cols)[0]
+        cases: dict[str, tuple[float, list[Callable[[], object]]]] = {
+            "rmsnorm_quantize micro+fold": (3 * size, [partial(kernels.rmsnorm_quantize, x, gamma, granularity="micro", fold="row") for x in dys]),
+            "swiglu_quantize micro+fold": (5 * size, [partial(kernels.swiglu_quantize, h, "micro", fold="row") for h in hs]),
+            "swiglu_backward_quantize micro+fold": (
+                8 * size,
+                [partial(kernels.swiglu_backward_quantize, dy, h, "micro", fold="row") for dy, h in zip(dys, itertools.cycle(hs), strict=False)],
+            ),
+        }
+        for name, (moved, calls) in cases.items():
+            record(table, (rows, cols), measure({"copy": copy_calls(moved), name: calls}, rounds), {"copy": moved, name: moved})
+
+
+def sweep(table: Table, rounds: int) -> None:
+    """Every plan of the transposes, elements per thread of the row kernels, registers of the wide gradient."""
+    for rows, cols in ((8192, 4096), (8192, 11008), (32768, 11008)):
+        size = rows * cols
+        qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
+        contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(2 * size)}
+        for plan in PLANS:
+            contenders[f"fold_transpose {plan_name(plan)}"] = [partial(kernels.fold_transpose, q, plan=plan) for q in qs]
+        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 2 * size))
+    amax = torch.tensor(4.0, device="cuda")
+    for rows, cols in ((22016, 4096), (4096, 11008)):
+        size = rows * cols
+        ws = [data(rows, cols, i) for i in range(rotations(2 * size))]
+        contenders = {"copy": copy_calls(3 * size)}
+        for plan in (replace(p, overlap=False) for p in PLANS if not p.overlap):
+            calls = [partial(FOLD_TRANSPOSE.quantize_given_transposed, w, amax, 1e-3, E4M3, plan) for w in ws]
+            contenders[f"quantize_weight transpose {plan_name(plan)}"] = list(calls)
+        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
+    for rows, cols in ((8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016)):
+        size = rows * cols
+        xs = [data(rows, cols, i) for i in range(rotations(2 * size))]
+        contenders = {"copy": copy_calls(3 * size)}
+        for per_thread in (8, 16, 32, 64):
+            contenders[f"quantize micro+fold {per_thread}/thread"] = [partial(with_value, ROWS, per_thread, x) for x in xs]
+        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
+    sweep_backward(table, rounds)
+
+
+def sweep_backward(table: Table, rounds: int) -> None:
+    rows, cols = 8192, 11008
+    hs, dys = [data(rows, 2 * cols, i) for i in range(2)], [data(rows, cols, i) for i in range(2)]
+    contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(8 * rows * cols)}
+    for registers in (0, 64, 80):
+
+        def call(dy: torch.Tensor, h: torch.Tensor, registers: int = registers) -> None:
+            with attribute(SWIGLU, "BACKWARD_REGISTERS", registers):
+                kernels.swiglu_backward_quantize(dy, h, "micro", fold="row")
+
+        contenders[f"swiglu_backward_quantize {registers} registers"] = [partial(call, dy, h) for dy, h in zip(dys, hs, strict=True)]
+    record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 8 * rows * cols))
+
+
+def with_value(module: Any, per_thread: int, x: torch.Tensor) -> None:
+    with attribute(module, "ELEMENTS_PER_THREAD", per_thread):
+        kernels.quantize(x, "micro", fold="row")
+
+
+def plan_name(plan: TransposePlan) -> str:
+    return f"{plan.rows} rows {plan.warps} warps {'columns' if plan.columns_first else 'rows'} first{' overlap' if plan.overlap else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("check", "sweep", "bench"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--csv", type=Path, help="directory for kernels_bench.csv and kernels_sweep.csv")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_kernels.py needs a CUDA GPU; the tests in tests/kernels check the same kernels on the CPU")
+    everything = not (args.check or args.sweep or args.bench)
+    start = time.time()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; TransformerEngine " +
+          ("installed" if importlib.util.find_spec("transformer_engine") else "not installed"))  # fmt: skip
+    if (args.check or everything) and not check():
+        sys.exit(1)
+    tables: dict[str, Table] = {}
+    if args.sweep:
+        sweep(tables.setdefault("kernels_sweep", []), args.rounds)
+    if args.bench or everything:
+        for bench in (bench_activations, bench_weights, bench_fused):
+            bench(tables.setdefault("kernels_bench", []), args.rounds)
+    for name, table in tables.items():
+        if args.csv:
+            args.csv.mkdir(parents=True, exist_ok=True)
+            with open(args.csv / f"{name}.csv", "w", newline="") as f:
+                writer = csv.DictWriter(f, fieldnames=list(table[0]))
+                writer.writeheader()
+                writer.writerows(table)
+    print(f"{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
