@@ -129,7 +129,7 @@ def _gemm_kernel(
     n0 = 0
     k = -1
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if PROMOTE > 0:
+    if PROMOTE > 1:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # One loop over the K blocks of all tiles: the loads of the next tile are issued before the epilogue of this one.
     for _ in range(mine * blocks_k):
@@ -139,16 +139,20 @@ def _gemm_kernel(
             m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
         a = a_desc.load([m0, k * BLOCK_K])
         b = b_desc.load([n0, k * BLOCK_K])
-        acc = tl.dot(a, b.T, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]; at every block the compiler's own promotion serves (and the branch below would have no other side)
+        if PROMOTE == 1:
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(a, b.T, acc)
         if k == blocks_k - 1:
-            if PROMOTE > 0:
+            if PROMOTE > 1:
                 acc += total
             _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
                    BLOCK_M, BLOCK_N, SUBTILES, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if PROMOTE > 0:
+            if PROMOTE > 1:
                 total = acc
-        elif PROMOTE > 0 and (k + 1) % PROMOTE == 0:
+        elif PROMOTE > 1 and (k + 1) % PROMOTE == 0:
             total += acc
             acc -= acc  # zero, at half the instructions that the compiler spends on a constant one
 
