@@ -308,11 +308,11 @@ def _tile_bytes(q: ScaledTensor) -> torch.Tensor:
 def _partial_targets(tiles: torch.Tensor, overlap: bool) -> torch.Tensor:
     """Partial maxima over rows of uint8 [rows, tiles]: uint8 [tiles, parts], parts a power of two."""
     rows, count = tiles.shape
-    group = 16
+    group = min(128, max(16, triton.next_power_of_2(triton.cdiv(rows, MAX_PARTS))))  # one or two loads per program: their latency is all it costs
     parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(rows, group)))
     width = min(128, triton.next_power_of_2(count))
     partial = common.empty((count, parts), torch.uint8, tiles.device)
-    launch(_partial_target_kernel, (parts, triton.cdiv(count, width)), tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=4)
+    launch(_partial_target_kernel, (parts, triton.cdiv(count, width)), tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=8)
     return partial
 
 
