@@ -3,9 +3,10 @@
 #
 #   scripts/loss_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=gpt_104m STEPS=800 TEXT_MB=150 scripts/loss_megatron.sh out bf16 moss tensorwise
+#   PARALLEL=1 scripts/loss_megatron.sh out bf16 moss tensorwise      # one GPU per recipe, all at once
 #
 # Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Writes OUT_DIR/RECIPE.jsonl and .log, then
-# OUT_DIR/loss.csv, loss_summary.csv and loss.png. EXTRA: more Megatron flags for every run.
+# OUT_DIR/loss.csv, loss_summary.csv and loss.png. A recipe whose RECIPE.jsonl has all STEPS already is not run again. EXTRA: more Megatron flags for every run.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,25 +16,45 @@ shift
 mkdir -p "$out"
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
+steps=${STEPS:-800}
 data=${DATA:-}
 if [[ -z "$data" ]]; then
   data="$out/text"
   [[ -f "$data.idx" ]] || "$python" -m fp8_recipes.data --out "$data" --max-mb "${TEXT_MB:-150}"
 fi
 read -r -a extra <<<"${EXTRA:-}"
-logs=()
-for recipe in "$@"; do
-  name=${recipe//[:,=\/]/_}
+
+# train RECIPE NAME: every run builds its own index cache, so that parallel runs do not write the same files.
+train() {
+  local recipe=$1 name=$2 status=0
   rm -f "$out/$name.jsonl"
-  echo "== $recipe -> $out/$name.jsonl"
-  status=0
-  "$here/launch.sh" --model "${MODEL:-gpt_104m}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "${STEPS:-800}" --data "$data" --log "$out/$name.jsonl" \
-    -- --seed "${SEED:-1234}" --data-cache-path "$out/cache" "${extra[@]}" >"$out/$name.log" 2>&1 || status=$?
+  "$here/launch.sh" --model "${MODEL:-gpt_104m}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "$steps" --data "$data" --log "$out/$name.jsonl" \
+    -- --seed "${SEED:-1234}" --data-cache-path "$out/cache/$name" "${extra[@]}" >"$out/$name.log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$out/$name.log" >&2
     echo "loss_megatron.sh: $recipe ended with status $status; its log is $out/$name.log" >&2
-    exit "$status"
   fi
+  return "$status"
+}
+
+logs=() jobs=() index=0
+for recipe in "$@"; do
+  name=${recipe//[:,=\/]/_}
   logs+=("$recipe=$out/$name.jsonl")
+  if [[ -f "$out/$name.jsonl" && $(wc -l <"$out/$name.jsonl") -eq $steps ]]; then
+    echo "== $recipe: $out/$name.jsonl has all $steps steps"
+    continue
+  fi
+  echo "== $recipe -> $out/$name.jsonl"
+  if [[ -n "${PARALLEL:-}" ]]; then
+    CUDA_VISIBLE_DEVICES=$index MASTER_PORT=$((29500 + index)) train "$recipe" "$name" &
+    jobs+=($!)
+    index=$((index + 1))
+  else
+    train "$recipe" "$name"
+  fi
+done
+for job in "${jobs[@]}"; do
+  wait "$job"
 done
 "$python" -m fp8_recipes.megatron.parse_log loss --csv "$out/loss.csv" --png "$out/loss.png" "${logs[@]}"

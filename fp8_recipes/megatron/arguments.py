@@ -78,8 +78,15 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str]:
     """Fill in what --fp8-recipe implies, in place; returns notes for the user. Runs before Megatron validates.
 
-    Ours without --fp8-format: e4m3. With ``--fp8-format hybrid``: gradients in E5M2 unless the specification says otherwise. ``bf16``: no FP8 at all.
+    ``--fp8-recipe custom`` with a factory of this package becomes that recipe. Ours without --fp8-format: e4m3. With ``--fp8-format hybrid``: gradients in
+    E5M2 unless the specification says otherwise. ``bf16``: no FP8 at all.
     """
+    from . import factories
+
+    if args.fp8_recipe == "custom" and args.fp8_quantizer_factory:
+        name = factories.recipe_name(args.fp8_quantizer_factory)
+        if name is not None:  # one way through from here on: the same checks, scales and recipe object
+            args.fp8_recipe, args.fp8_quantizer_factory = name, None
     spec = args.fp8_recipe
     if not is_ours(spec):
         given = any(item == "--fp8-recipe" or item.startswith("--fp8-recipe=") for item in (sys.argv if argv is None else argv))

@@ -1,6 +1,10 @@
 """Work-arounds for Megatron-Core, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go.
 
 `install()` is idempotent. It refuses versions that were never tried, before anything is touched. The same changes as diffs: patches/README.md.
+
+Not needed here, though other custom recipes need them: SafeUnpickler's allow-list (our recipe is stateless in checkpoints, see te/shims.py) and
+get_fp8_align_size (Megatron's 16 is
+what our products want).
 """
 
 from __future__ import annotations

@@ -71,6 +71,13 @@ def test_bf16_recipe_turns_fp8_off(parse):
     assert args.fp8 is None and args.fp8_recipe == "delayed" and "bf16" in notes[0]
 
 
+def test_custom_with_our_factory_is_our_recipe(parse):
+    args, _ = prepared(parse, "--fp8-recipe custom --fp8-format e4m3 --fp8-quantizer-factory fp8_recipes.megatron.factories.moss")
+    assert (args.fp8_recipe, args.fp8_quantizer_factory) == ("moss", None)
+    args, _ = prepared(parse, "--fp8-recipe custom --fp8-format e4m3 --fp8-quantizer-factory other.factory")
+    assert (args.fp8_recipe, args.fp8_quantizer_factory) == ("custom", "other.factory")
+
+
 def test_stock_recipe_without_format_is_announced(parse):
     args, notes = prepared(parse, "--fp8-recipe tensorwise")
     assert args.fp8 is None and "does nothing without --fp8-format" in notes[0]

