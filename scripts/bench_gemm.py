@@ -247,6 +247,7 @@ def stock(sets: Pairs) -> dict[str, Run]:
 
 def te_wgrad(m: int, n: int, k: int, out: torch.Tensor) -> Run:
     """TransformerEngine's own wgrad: per-tensor FP8, split accumulator, accumulated into fp32 by cuBLASLt."""
+    import transformer_engine.pytorch  # noqa: F401  # loads the extension
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
