@@ -1,0 +1,103 @@
+"""Every memory-bound kernel compiles for Hopper on a machine without a GPU, loads 16 bytes at a time and keeps fp32 subnormals.
+
+The interpreter runs the kernels' Python, not their compiled code; this covers the inline PTX and the layouts that the interpreter never sees. Triton
+decides once per process whether it interprets, so the compilation happens in a subprocess.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+POINTERS = {"scale_ptr": "*fp32", "tile_exponent_ptr": "*u8", "payload_ptr": "*u8", "amax_ptr": "*fp32", "partial_ptr": "*u8", "exponent_ptr": "*u8"}
+POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8"}
+SCALARS = {"increment": "fp32", "eps": "fp32"}
+LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
+WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
+TRANSPOSE = {"PARTS": 128, "COLUMNS_FIRST": True}
+
+
+def cases() -> list[tuple[str, str, dict, dict, int]]:
+    """(module, kernel, constants, types of arguments that differ from the usual, least 16-byte loads)."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    for e5m2 in (False, True):
+        for mode in LOCAL:
+            for cols in (4096, 11008):
+                row = {"cols_for_plan": cols, "E5M2": e5m2, **mode}
+                found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
+                found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
+                found.append(("swiglu", "_swiglu_quantize_kernel", row, {}, 6))
+                found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "per_thread": 16}, {}, 6))
+        for group, source in ((0, "*fp32"), (32, "*u8")):
+            for tr, warps in ((128, 4), (256, 8)):
+                constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}
+                found.append(("fold_transpose", "_fold_transpose_kernel", constants, {**WORDS, "source_ptr": source}, 8))
+        found.append(("fold_transpose", "_quantize_given_transposed_kernel", {"TR": 128, "TC": 64, "COLUMNS_FIRST": True, "E5M2": e5m2}, WORDS, 8))
+        found.append(("fold_transpose", "_fold_transpose_bytes_kernel", {"PARTS": 128, "GROUP": 32, "E5M2": e5m2}, {"source_ptr": "*u8"}, 0))
+        found.append(("quantize", "_quantize_wide_rows_kernel", {"TILES": 32, "GLOBAL": False, "E5M2": e5m2, **LOCAL[0]}, {}, 4))
+        found.append(("quantize", "_quantize_block_kernel", {"E5M2": e5m2, "num_warps": 8}, {}, 4))
+        found.append(("quantize", "_quantize_given_kernel", {"BLOCK": 4096, "E5M2": e5m2}, {}, 4))
+        fold = {"ROWS_PER_SCALE": 1, "COLS_PER_SCALE": 32, "BLOCK": 4096, "E5M2": e5m2}
+        found.append(("quantize", "_fold_kernel", fold, {"source_ptr": "*u8"}, 2))
+    measured = {"cols_for_plan": 4096, "E5M2": False, "LOCAL": "micro", "FOLD": False, "GLOBAL": True}
+    found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
+    found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
+    found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
+    return found
+
+
+def compile_all() -> list[dict]:
+    """Runs in the subprocess: what the compiler made of every case."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows = import_module("fp8_recipes.kernels.rows")
+    results = []
+    for module, name, constants, types, loads in cases():
+        kernel = getattr(import_module(f"fp8_recipes.kernels.{module}"), name)
+        constants = dict(constants)
+        warps = constants.pop("num_warps", 4)
+        if "cols_for_plan" in constants:
+            plan = rows.plan_row(constants.pop("cols_for_plan"), constants.pop("per_thread", None))
+            constants |= {"BLOCK": plan.block, "TAIL": plan.tail}
+            warps = plan.warps
+        signature, attributes = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            usual = POINTERS.get(argument) or ("*bf16" if argument.endswith("_ptr") else SCALARS.get(argument, "i32"))
+            signature[argument] = "constexpr" if argument in constants else types.get(argument, usual)
+            if argument not in constants and signature[argument] != "fp32":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        if "out_ptr" in signature and name in ("_fold_kernel", "_fold_transpose_bytes_kernel"):
+            signature["out_ptr"] = "*u8"
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        ptx = compiled.asm["ptx"]
+        vector_loads = sum("ld.global" in line and (".v4.b32" in line or ".v2.b64" in line) for line in ptx.splitlines())
+        results.append({"case": f"{name} {constants}", "loads": vector_loads, "least": loads, "ftz": ".ftz." in ptx, "cubin": len(compiled.asm["cubin"])})
+    return results
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_kernels_compile_for_hopper(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(done.stdout)
+    assert len(results) == len(cases())
+    for r in results:
+        assert r["loads"] >= r["least"], f"{r['case']}: {r['loads']} 16-byte loads, expected at least {r['least']}"
+        assert not r["ftz"], f"{r['case']} flushes fp32 subnormals, which the reference keeps"
+        assert r["cubin"] > 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
