@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,11 +72,52 @@ def test_table_says_how_the_mlps_run_and_why(monkeypatch):
     monkeypatch.setattr(ours, "static_reason", lambda module: "its linears have a bias" if module.bias else None)
     args = argparse.Namespace(fp8="e4m3", fp8_recipe="moss")
     assert report._fused_mlps(args, blocks) == [
-        "1 MLPs: norm, fc1, SwiGLU and fc2 as one FP8 function",
+        "1 MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function",
         "2 MLPs: module by module: its linears have a bias",
     ]
     assert "fold=none" in report._fused_mlps(argparse.Namespace(fp8="e4m3", fp8_recipe="moss_exact"), blocks)[0]
     assert report._fused_mlps(argparse.Namespace(fp8="e4m3", fp8_recipe="tensorwise"), blocks) == []
+
+
+META_MODEL = """
+import sys
+import torch
+from fp8_recipes.megatron import pretrain, report, weight_scaling_hook
+
+args, container = pretrain.configure()
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+parallel_state.initialize_model_parallel(1, 1)
+torch.cuda.is_available = lambda: True  # TransformerEngine's constructors ask; on the meta device nothing else needs a GPU
+torch.cuda.current_device = lambda: "meta"
+torch.cuda.device_count = lambda: 1
+container.model.transformer.perform_initialization = False
+with torch.device("meta"):
+    model = container.model.get_builder_cls()(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
+print("TABLE")
+print(report.precision_table(args, [model]))
+print("TRACKED", len(list(weight_scaling_hook.fp8_weights(model))))
+"""
+
+
+def test_table_of_a_real_megatron_model(base_flags):
+    """GPTModel of the released wheel with TransformerEngine's modules, built without memory, in its own process (it initialises torch.distributed)."""
+    pytest.importorskip("transformer_engine.pytorch", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+    pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+    flags = [*base_flags.split(), "--init-model-with-meta-device", "--fp8-recipe", "moss", "--first-last-layers-bf16", "--no-rope-fusion"]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "RANK": "0", "WORLD_SIZE": "1"}
+    result = subprocess.run([sys.executable, "-c", META_MODEL, *flags], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [" ".join(line.split()) for line in result.stdout.split("TABLE\n")[1].splitlines()]
+    for name, shape in (("self_attention.linear_qkv", "768x256"), ("self_attention.linear_proj", "256x256"), ("mlp.linear_fc1", "1024x256")):
+        assert f"decoder.layers.*.{name} 2-3 {shape} FP8 moss" in lines
+        assert f"decoder.layers.*.{name} 1,4 {shape} bf16 (first / last)" in lines
+    assert "output_layer - 256x256 bf16" in lines and "embedding.word_embeddings - 256x256 bf16" in lines
+    assert "4 MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" in lines
+    assert "TRACKED 16" in lines
 
 
 def write_log(path, losses, start=1):

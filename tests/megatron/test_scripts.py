@@ -18,7 +18,7 @@ MODELS = sorted((ROOT / "configs" / "models").glob("*.sh"))
 
 
 def run(*command, **environment):
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")} | {"PYTHON": "python3", "PYTHONPATH": ""} | environment
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")} | {"PYTHON": "python3"} | environment
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, check=False)
 
 
