@@ -1,7 +1,7 @@
 """The demo: one small GPT on real text, once in high precision and once with a recipe, from the same seed, weights and batches.
 
-The high-precision run is bf16 on CUDA (fp32 master weights, as Megatron trains) and fp32 on the CPU, where bf16 arithmetic is slow. On the CPU the recipe runs its
-reference numerics: the same roundings as the kernels make, none of their speed.
+The high-precision run is bf16 on CUDA (fp32 master weights, as Megatron trains) and fp32 on the CPU, where bf16 arithmetic is slow. On the CPU the recipe
+runs its reference numerics: the same roundings as the kernels make, none of their speed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Setup:
     @property
     def window(self) -> int:
         """Steps over which losses are averaged, in the plot and at the end."""
-        return max(1, min(self.steps, max(10, self.steps // 10)))
+        return min(self.steps, max(10, self.steps // 20))
 
     def lr(self, step: int) -> float:
         """Linear warm-up over 5 % of the steps, then half a cosine down to a tenth of the peak. step: 0 .. steps - 1."""
@@ -85,7 +85,7 @@ def setup(device: str, steps: int | None = None, seed: int = 0) -> Setup:
         gpt = GPTConfig(layers=8, width=2048, heads=16, seq=1024)
         return Setup(device, 500 if steps is None else steps, gpt, batch=16, peak_lr=6e-4, seed=seed)
     gpt = GPTConfig(layers=2, width=128, heads=4, seq=128)
-    return Setup(device, 500 if steps is None else steps, gpt, batch=8, peak_lr=3e-3, seed=seed)
+    return Setup(device, 400 if steps is None else steps, gpt, batch=8, peak_lr=1e-3, seed=seed)
 
 
 def choose_device(wanted: str) -> tuple[str, str]:

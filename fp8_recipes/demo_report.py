@@ -69,25 +69,29 @@ def table(recipe: Recipe, config: Setup, baseline: Run, quantised: Run) -> Any:
     m = config.gpt
     parameters = m.layers * (4 * m.width**2 + 3 * m.width * m.inner) + 2 * m.vocab * m.width
     title = f"{m.layers} layers, width {m.width}, {parameters / 1e6:.1f}M parameters, {config.steps} steps of {config.batch * m.seq} bytes"
-    result = Table(title=title, title_style="bold", caption="high precision is fp32 on CPU, bf16 on CUDA; losses in nats per byte")
+    caption = "high precision: fp32 on CPU, bf16 on CUDA. Losses in nats per byte, training loss over the last "
+    caption += f"{config.window} steps. Flushes, scales and saturations counted in {quantised.observed_steps} steps."
+    result = Table(title=title, title_style="bold", caption=caption)
     result.add_column("")
-    result.add_column(f"{baseline.name} (high precision)", justify="right")
+    result.add_column(f"{baseline.name}", justify="right")
     result.add_column(quantised.name, justify="right", style="bold")
     result.add_column("deviation", justify="right")
 
     def loss_row(name: str, a: float, b: float) -> None:
         result.add_row(name, f"{a:.4f}", f"{b:.4f}", f"{deviation(b, a):+.2f} %")
 
-    loss_row(f"training loss, mean of last {config.window} steps", baseline.final_loss(config.window), quantised.final_loss(config.window))
-    loss_row("validation loss, held-out text", baseline.validation, quantised.validation)
-    result.add_row("ms per step, median", f"{baseline.ms_per_step:.1f}", f"{quantised.ms_per_step:.1f}", f"{baseline.ms_per_step / quantised.ms_per_step:.2f}x speed")
-    result.add_row("training time, s", f"{baseline.seconds:.1f}", f"{quantised.seconds:.1f}", "", end_section=True)
+    loss_row("training loss", baseline.final_loss(config.window), quantised.final_loss(config.window))
+    loss_row("validation loss (held-out text)", baseline.validation, quantised.validation)
+    speed = f"{baseline.ms_per_step / quantised.ms_per_step:.2f}x speed"
+    result.add_row("ms per step (median)", f"{baseline.ms_per_step:.1f}", f"{quantised.ms_per_step:.1f}", speed)
+    result.add_row("training time (s)", f"{baseline.seconds:.1f}", f"{quantised.seconds:.1f}", "", end_section=True)
     for role, counts in quantised.counts.items():
         result.add_row(f"flushes, {role}", "", as_percent(counts.flush_share), "")
     for role, counts in quantised.counts.items():
         result.add_row(f"scales, {role}", "", describe_range(counts), "")
     if quantised.counts:
-        result.add_row(f"saturations, of {total(quantised.counts).nonzero:.1e} values", "", str(total(quantised.counts).saturations), "")
+        every = total(quantised.counts)
+        result.add_row(f"saturations, of {every.nonzero / 1e6:.0f}M values", "", str(every.saturations), "")
     return result
 
 
@@ -134,6 +138,7 @@ def plot(path: Path, config: Setup, baseline: Run, quantised: Run) -> None:
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     steps = range(1, config.steps + 1)
+    lower.set_xlim(0, max(2, config.steps))
     smooth = {}
     for run, colour, style in ((baseline, _BASELINE_COLOUR, "-"), (quantised, _RECIPE_COLOUR, (0, (4, 2)))):
         smooth[run.name] = trailing_mean(run.losses, config.window)
@@ -142,12 +147,14 @@ def plot(path: Path, config: Setup, baseline: Run, quantised: Run) -> None:
         upper.plot(steps, smooth[run.name], color=colour, linewidth=1.8, linestyle=style, label=label)
     upper.set_ylabel("loss, nats per byte")
     upper.legend(frameon=False, loc="upper right")
-    upper.set_title(f"{quantised.name} against {baseline.name}: GPT, {config.gpt.layers} layers, width {config.gpt.width}, {config.device}", loc="left", fontsize=11)
+    title = f"{quantised.name} against {baseline.name}: GPT, {config.gpt.layers} layers, width {config.gpt.width}, {config.device}"
+    upper.set_title(title, loc="left", fontsize=11)
 
     relative = [deviation(b, a) for a, b in zip(smooth[baseline.name], smooth[quantised.name], strict=True)]
     lower.axhline(0, color=_BASELINE_COLOUR, linewidth=0.8)
     lower.plot(steps, relative, color=_RECIPE_COLOUR, linewidth=1.4)
-    lower.annotate(f"{relative[-1]:+.2f} %", (config.steps, relative[-1]), xytext=(-4, 6), textcoords="offset points", ha="right", color=_RECIPE_COLOUR)
+    at_end = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False}
+    lower.annotate(f"{relative[-1]:+.2f} %", (1.0, relative[-1]), va="center", color=_RECIPE_COLOUR, **at_end)
     reach = max(0.5, 1.25 * max(abs(r) for r in relative))
     lower.set_ylim(-reach, reach)
     lower.set_ylabel("deviation, %")

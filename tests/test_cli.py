@@ -1,0 +1,101 @@
+"""The console command: what it writes, and one clear sentence with exit code 2 for what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fp8_recipes
+from fp8_recipes import RECIPES
+from fp8_recipes.cli import describe, main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def tiny_text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
+    return path
+
+
+def test_demo_writes_table_log_summary_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "first"
+    assert main(["demo", "--recipe", "moss:interval=2", "--steps", "3", "--device", "cpu", "--out", str(out), "--data", str(tiny_text(tmp_path))]) == 0
+    assert (out / "loss.png").read_bytes().startswith(PNG)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(e["run"], e["step"]) for e in log] == [(run, step) for run in ("fp32", "moss") for step in (1, 2, 3)]
+    assert all(e["tokens"] == e["step"] * 1024 and 0 < e["loss"] < 7 and e["grad_norm"] > 0 and e["lr"] > 0 for e in log)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["recipe"]["interval"] == 2 and summary["setup"]["steps"] == 3
+    assert summary["quantised"]["final_loss"] == pytest.approx(sum(e["loss"] for e in log[3:]) / 3)
+    assert summary["deviation_percent"]["final_loss"] == pytest.approx((summary["quantised"]["final_loss"] / summary["baseline"]["final_loss"] - 1) * 100)
+    shown = capsys.readouterr().out
+    for words in ("training loss", "validation loss", "deviation", "flushes, grad", "saturations", "ms per step", "fp32 on CPU, bf16 on CUDA"):
+        assert words in shown
+    assert f"{summary['baseline']['final_loss']:.4f}" in shown and f"{summary['quantised']['validation_loss']:.4f}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "mos"], "unknown recipe 'mos'; known: .*did you mean moss"),
+        (["--recipe", "moss:intervall=3"], "no key 'intervall' .did you mean interval"),
+        (["--recipe", "missing.yaml"], "missing.yaml: no such file"),
+        (["--data", "no/such/text"], "--data no/such/text: no such file or folder"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--steps", "-5"], "--steps -5 must be at least 1"),
+        (["--device", "cuda"], "--device cuda: .*use --device cpu"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    with pytest.raises(ValueError, match=words):
+        raise ValueError(captured.err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tiny_text(tmp_path))]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "pip install rich matplotlib" in capsys.readouterr().err
+
+
+def test_recipe_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("yaml", reason="pyyaml is needed to read recipes from files")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: row\nname: mine\ngrad: e5m2\n")
+    out = tmp_path / "out"
+    assert main(["demo", "--recipe", f"{recipe}:promote=128", "--steps", "1", "--device", "cpu", "--out", str(out), "--data", str(tiny_text(tmp_path))]) == 0
+    written = json.loads((out / "summary.json").read_text())["recipe"]
+    assert (written["name"], written["grad"], written["promote"]) == ("mine", "e5m2", 128)
+    capsys.readouterr()
+
+
+def test_recipes_lists_every_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert "predicted scale" in describe(RECIPES["moss"]) and "micro folded to row" in describe(RECIPES["moss"])
+    assert "exact bf16 products" in describe(RECIPES["tile"])
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and fp8_recipes.__version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and "COMMAND" in capsys.readouterr().err
