@@ -14,6 +14,11 @@ BASE = (
 )
 
 
+def needs_upstream():
+    pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+    pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+
+
 @pytest.fixture
 def base_flags():
     return BASE
@@ -22,6 +27,7 @@ def base_flags():
 @pytest.fixture
 def parse(monkeypatch):
     """parse("--fp8-recipe moss") -> arguments from Megatron's real parser, shims installed, not validated."""
+    needs_upstream()
     from fp8_recipes.megatron import shims
 
     shims.install()
@@ -37,6 +43,7 @@ def parse(monkeypatch):
 @pytest.fixture
 def configure(monkeypatch):
     """configure("--fp8-recipe moss") -> (arguments, PretrainConfigContainer) by the launcher's own path; Megatron's globals are cleared afterwards."""
+    needs_upstream()
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 
