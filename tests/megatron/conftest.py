@@ -15,6 +15,7 @@ BASE = (
 
 
 def needs_upstream():
+    pytest.importorskip("torch", reason="torch is not installed")  # first: TransformerEngine finds NCCL through the libraries that torch has loaded
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
     pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
