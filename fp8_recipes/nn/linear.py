@@ -18,30 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..formats import Format
 from ..recipe import Recipe, RecipeError, from_name
 from ..tensor import ScaledTensor
-from ..weight_scaling import ATTRIBUTE, PredictedScale, WeightScaling, measure_amax
-
-ALIGNMENT = 16
-"""Hopper's FP8 matrix instructions and TMA need every extent of the three products to be a multiple of this."""
+from ..weight_scaling import ATTRIBUTE, PredictedScale, WeightScaling
+from . import products
 
 Observer = Callable[[str, torch.Tensor, ScaledTensor], None]
 """``observer(role, x, q)`` with role "activation", "weight" or "grad": sees each tensor beside its quantised form. See `fp8_recipes.monitor`."""
-
-
-def check_alignment(tokens: int, in_features: int, out_features: int) -> None:
-    """Raise unless all three extents of a linear layer are multiples of 16, as FP8 products on Hopper need."""
-    remedies = {
-        "in_features": (in_features, "choose a padded width, or leave this layer in bf16 (convert(..., skip=...))"),
-        "out_features": (out_features, "choose a padded width, or leave this layer in bf16 (convert(..., skip=...))"),
-        "tokens": (tokens, "pad batch * sequence"),
-    }
-    for name, (extent, remedy) in remedies.items():
-        if extent % ALIGNMENT:
-            padded = extent + -extent % ALIGNMENT
-            raise ValueError(f"FP8 products need {name} to be a multiple of {ALIGNMENT}, got {extent}; {remedy} (next multiple: {padded})")
 
 
 def fp8_linear(
@@ -71,10 +54,8 @@ def fp8_linear(
             f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; "
             "use weight_cache=none"
         )
-    if x.is_cuda and recipe.folded:
-        check_alignment(x.numel() // x.shape[-1], weight.shape[1], weight.shape[0])
-    if predicted is None and recipe.weight_scale == "predicted":
-        predicted = getattr(weight, ATTRIBUTE, None)
+    if recipe.folded:
+        products.check_alignment(x.device, tokens=x.shape[:-1].numel(), in_features=weight.shape[1], out_features=weight.shape[0])
     return _Fp8Linear.apply(x, weight, bias, recipe, predicted, observer)
 
 
@@ -90,37 +71,6 @@ def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     for name, t in (("x", x), ("weight", weight)):
         if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}; cast it with .to(torch.bfloat16)")
-
-
-def _quantize(x: torch.Tensor, granularity: str, fmt: Format, recipe: Recipe) -> ScaledTensor:
-    """x [T, features] under `granularity`; folded to rows where the recipe folds and there is something to fold."""
-    fold = "row" if recipe.folded and granularity != "row" else None
-    if granularity == "micro" and recipe.global_scale == "measured":
-        return ops.quantize(x, granularity, fmt, fold=fold, global_scale="measured")
-    return ops.quantize(x, granularity, fmt, fold=fold)
-
-
-def _quantize_weight(weight: torch.Tensor, amax: torch.Tensor | None, increment: float, recipe: Recipe, transpose: bool = False) -> ScaledTensor:
-    """Payload [N, K], or [K, N] if `transpose`, under the same scale either way. amax None: block granularity, which takes its own maxima."""
-    w = weight.detach().contiguous()
-    if amax is not None:
-        return ops.quantize_weight(w, amax, increment, recipe.weight_format, transpose=transpose)
-    q = ops.quantize(w, "block", recipe.weight_format)
-    if transpose:  # a 128x128 block is one after transposition too
-        q = ScaledTensor(q.payload.t().contiguous(), q.scale.t().contiguous(), "block")
-    return q
-
-
-def _wgrad_exact(dy: ScaledTensor, x: ScaledTensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """``dy^T x`` on the dequantised payloads, for recipes without a fold: nothing is rounded a second time. Same arithmetic as `ops.gemm_exact`."""
-    operand = torch.bfloat16 if dy.device.type == "cuda" else torch.float32
-    # [N, T] @ [T, K]; powers of two are exact in bf16, FP32 global scales multiply the result
-    plain = [ops.dequantize(ScaledTensor(q.payload, q.scale, q.granularity), operand) for q in (dy, x)]
-    dw = (plain[0].t() @ plain[1]).float()
-    for q in (dy, x):
-        if q.global_scale is not None:
-            dw = dw * q.global_scale
-    return dw.to(out_dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -139,24 +89,19 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.recipe, ctx.observer, ctx.x_shape, ctx.dtype = recipe, observer, x.shape, x.dtype
         ctx.parameter = weight  # main_grad is an attribute of this very object; a saved tensor may come back as another one (checkpointing)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.increment = 0.0
         y_shape = (*x.shape[:-1], weight.shape[0])
         if x.numel() == 0:
-            ctx.save_for_backward(weight)
             return x.new_zeros(y_shape)
         x_TK = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        amax = None
-        if recipe.weight_granularity == "tensor":
-            amax, ctx.increment = (measure_amax(weight.detach()), 0.0) if predicted is None else predicted.amax_and_increment(weight)
-        xq = _quantize(x_TK, recipe.activation_granularity, recipe.activation_format, recipe)
-        wq = _quantize_weight(weight, amax, ctx.increment, recipe)
+        ctx.operand = products.weight_operand(weight, recipe, predicted)
+        xq = products.quantize_activation(x_TK, recipe)
         if observer is not None:
             observer("activation", x_TK, xq)
-            observer("weight", weight.detach(), wq)
-        product = ops.gemm if recipe.folded else ops.gemm_exact
-        y_TN = product(xq, wq, out_dtype=x.dtype, bias=None if bias is None else bias.detach())  # [T, K] @ [N, K]^T
+            observer("weight", weight.detach(), ctx.operand.row())
+        y_TN = products.fprop(xq, ctx.operand, bias=None if bias is None else bias.detach(), out_dtype=x.dtype)
         ctx.granularity = xq.granularity
-        ctx.save_for_backward(weight, amax, xq.payload, xq.scale, xq.tile_exponent, xq.global_scale)
+        # The operand reads the weight again in backward: saving it makes autograd refuse a weight that was changed in between.
+        ctx.save_for_backward(weight, xq.payload, xq.scale, xq.tile_exponent, xq.global_scale)
         return y_TN.view(y_shape)
 
     @staticmethod
@@ -164,40 +109,29 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if 0 in ctx.x_shape:
             return (*_zero_gradients(ctx, dy), None, None, None)
-        recipe: Recipe = ctx.recipe
-        weight, amax, payload, scale, tile_exponent, global_scale = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        _, payload, scale, tile_exponent, global_scale = ctx.saved_tensors
         dy_TN = dy.reshape(-1, dy.shape[-1]).contiguous()
         dx = dw = dbias = None
         if need_x or need_w:
-            dyq = _quantize(dy_TN, recipe.grad_granularity, recipe.grad_format, recipe)
+            dyq = products.quantize_grad(dy_TN, ctx.recipe)
             if ctx.observer is not None:
                 ctx.observer("grad", dy_TN, dyq)
         if need_x:
-            wq_KN = _quantize_weight(weight, amax, ctx.increment, recipe, transpose=True)
-            product = ops.gemm if recipe.folded else ops.gemm_exact
-            dx = product(dyq, wq_KN, out_dtype=ctx.dtype).view(ctx.x_shape)  # [T, N] @ [K, N]^T
+            dx = products.dgrad(dyq, ctx.operand, out_dtype=ctx.dtype).view(ctx.x_shape)
         if need_w:
-            xq = ScaledTensor(payload, scale, ctx.granularity, tile_exponent, global_scale)
-            dw = _weight_gradient(dyq, xq, ctx.parameter, recipe)
+            dw = _weight_gradient(dyq, ScaledTensor(payload, scale, ctx.granularity, tile_exponent, global_scale), ctx)
         if need_bias:
             dbias = dy_TN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, dbias, None, None, None
 
 
-def _weight_gradient(dyq: ScaledTensor, xq: ScaledTensor, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor | None:
+def _weight_gradient(dyq: ScaledTensor, xq: ScaledTensor, ctx: Any) -> torch.Tensor | None:
     """dw [N, K] in the weight's dtype; or None after adding it to ``weight.main_grad`` in the product's epilogue."""
-    main_grad = getattr(weight, "main_grad", None)
-    if not recipe.folded:
-        dw = _wgrad_exact(dyq, xq, weight.dtype if main_grad is None else torch.float32)
-        if main_grad is None:
-            return dw
-        main_grad.add_(dw)
-        return None
-    dyq_NT, xq_KT = ops.fold_transpose(dyq, recipe.wgrad_fold), ops.fold_transpose(xq, recipe.wgrad_fold)
+    main_grad = getattr(ctx.parameter, "main_grad", None)
     if main_grad is None:
-        return ops.gemm(dyq_NT, xq_KT, out_dtype=weight.dtype, promote=recipe.promote)  # [N, T] @ [K, T]^T
-    ops.gemm(dyq_NT, xq_KT, out=main_grad, accumulate=True, promote=recipe.promote)
+        return products.wgrad(dyq, xq, ctx.recipe, out_dtype=ctx.parameter.dtype)
+    products.wgrad(dyq, xq, ctx.recipe, out=main_grad, accumulate=True)
     return None
 
 

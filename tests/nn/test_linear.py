@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_recipes import RECIPES, RecipeError, from_name
 from fp8_recipes.nn import Linear, convert, fp8_linear
-from fp8_recipes.nn.linear import check_alignment
+from fp8_recipes.nn.products import check_alignment
 from fp8_recipes.tensor import ScaledTensor
 from fp8_recipes.weight_scaling import ATTRIBUTE, WeightScaling
 
@@ -196,8 +196,7 @@ def test_saved_memory_is_one_byte_per_value_and_scales() -> None:
         fp8_linear(x, w, recipe=from_name("moss"))
     new = [t for t in saved if t.data_ptr() != w.data_ptr()]
     nbytes = sum(t.numel() * t.element_size() for t in new)
-    tiles = math.ceil(K / 128)
-    assert nbytes == T * K + 4 * T + tiles * T + 4  # payload, row scales, tile exponents, the weight's maximum
+    assert nbytes == T * K + 4 * T + math.ceil(K / 128) * T  # payload, row scales, tile exponents
 
 
 def test_backward_uses_the_scale_of_the_forward() -> None:
@@ -233,6 +232,15 @@ def test_predicted_scale_is_used_and_measured_once() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert anchors == [0, 0, 0, 3, 3, 3]
+
+
+def test_weight_changed_between_forward_and_backward_is_refused() -> None:
+    layer = Linear(K, N, recipe="moss")
+    y = layer(normal(T, K, seed=83))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_inputs_that_need_no_gradient() -> None:
@@ -273,11 +281,14 @@ def test_convert_keeps_parameters_and_names() -> None:
     assert isinstance(convert(torch.nn.Linear(16, 16), "row"), Linear)
 
 
-@pytest.mark.parametrize(("extents", "words"), [((24, 32, 32), "tokens.*24.*32"), ((32, 40, 32), "in_features.*40.*48"), ((32, 32, 7), "out_features.*7.*16")])
-def test_alignment_error_names_value_and_remedy(extents: tuple[int, int, int], words: str) -> None:
-    check_alignment(32, 48, 64)
-    with pytest.raises(ValueError, match=words):
-        check_alignment(*extents)
+@pytest.mark.parametrize("extent", ["tokens", "in_features", "out_features"])
+def test_alignment_error_names_value_and_remedy(extent: str) -> None:
+    extents = {"tokens": 32, "in_features": 48, "out_features": 64}
+    check_alignment(torch.device("cuda"), **extents)
+    extents[extent] = 40
+    check_alignment(torch.device("cpu"), **extents)
+    with pytest.raises(ValueError, match=f"{extent} to be a multiple of 16, got 40; pad it"):
+        check_alignment(torch.device("cuda"), **extents)
 
 
 def test_bad_input_is_named() -> None:
