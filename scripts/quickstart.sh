@@ -19,6 +19,8 @@ has_modules() (
     cd / && "$python" -c 'import importlib.util, sys; sys.exit(any(importlib.util.find_spec(m) is None for m in sys.argv[1:]))' "$@"
 )
 
+in_virtual_environment() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
+
 cuda_torch() { has_modules "$1" torch && "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 
 # The torch version pip would install for $1: "2.13.0+cpu" where the machine offers a CPU build. Downloads metadata only.
@@ -52,50 +54,64 @@ while read -r path version; do
 done <<<"$pythons"
 if [[ -z $python && $gpu == no && ! -x $venv/bin/python ]]; then
     while read -r path version; do
-        if offered=$(offered_torch "$path") && [[ $offered == *+cpu* ]]; then
+        if has_modules "$path" ensurepip && offered=$(offered_torch "$path") && [[ $offered == *+cpu* ]]; then
             python=$path why="Python $version, for which pip offers a small CPU build of torch ($offered)"
             break
         fi
     done <<<"$pythons"
 fi
 if [[ -z $python ]]; then
-    read -r python version <<<"${pythons%%$'\n'*}"
-    why="Python $version, the preferred of those found"
+    while read -r path version; do
+        if has_modules "$path" ensurepip; then
+            python=$path why="Python $version, the preferred of those found"
+            break
+        fi
+    done <<<"$pythons"
+    if [[ -z $python ]]; then
+        echo "quickstart: no Python found can make a virtual environment (no ensurepip); apt-get install python3-venv, or pyenv install 3.12" >&2
+        exit 1
+    fi
     if [[ $gpu == no && ! -x $venv/bin/python ]]; then
         say "torch: pip offers no CPU build here, so this installs the CUDA build (several GB); PIP_EXTRA_INDEX_URL can name an index of CPU builds"
     fi
 fi
 
-if [[ -x $venv/bin/python ]]; then
-    say "environment: $venv, made before ($("$venv/bin/python" --version)); delete it to start over"
+if [[ $venv == /* ]]; then
+    py=$venv/bin/python
+else
+    py=$PWD/$venv/bin/python
+fi
+if [[ -x $py ]]; then
+    say "environment: $venv, made before ($("$py" --version)); delete it to start over"
+elif [[ $reuse == yes ]] && in_virtual_environment "$python"; then
+    say "python: $python ($why)"
+    say "environment: the virtual environment of that Python, which is active and holds torch; none is made"
+    py=$python
 else
     say "python: $python ($why)"
     options=()
     if [[ $reuse == yes ]]; then
         options+=(--system-site-packages)
+        if has_modules "$python" pip; then
+            options+=(--without-pip) # the environment sees that one, and a Python without ensurepip will do
+        fi
     fi
     "$python" -m venv "${options[@]}" "$venv"
     say "environment: $venv${options[*]:+ (${options[*]})}"
-fi
-py=$PWD/$venv/bin/python
-if [[ $venv == /* ]]; then
-    py=$venv/bin/python
 fi
 
 needed=(torch numpy rich matplotlib)
 if [[ $gpu == yes ]]; then
     needed+=(triton)
 fi
-command=("$py" -m fp8_recipes.cli)
 if has_modules "$py" "${needed[@]}" fp8_recipes; then
     say "packages: all there"
 elif has_modules "$py" "${needed[@]}"; then
     # Everything but this package: no index is needed, which matters on a GPU node that reaches none.
-    if has_modules "$py" setuptools wheel; then
-        say "packages: all there but this one; installing it without an index"
-        "$py" -m pip install -qq --no-deps --no-build-isolation --no-index -e .
+    if has_modules "$py" pip setuptools && "$py" -m pip install -qq --no-deps --no-build-isolation --no-index -e .; then
+        say "packages: all there; this one was installed without an index"
     else
-        say "packages: all there but this one, and no setuptools to install it with; running it from the source tree (PYTHONPATH)"
+        say "packages: all there, but this one could not be installed without an index; running it from the source tree (PYTHONPATH)"
         export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
     fi
 else
@@ -107,4 +123,4 @@ else
 fi
 
 say "running: fp8-recipes demo --out runs/quickstart $*"
-exec "${command[@]}" demo --out runs/quickstart "$@"
+exec "$py" -m fp8_recipes.cli demo --out runs/quickstart "$@"
