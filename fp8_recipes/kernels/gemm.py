@@ -1,10 +1,16 @@
-"""FP8 GEMM on Hopper, scales in the epilogue. Two backends; `uses_torch` is the rule that picks one, and it looks only at the arguments.
+"""FP8 GEMM on Hopper, scales in the epilogue. Three backends, chosen by the arguments alone, in this order:
 
-**torch._scaled_mm** for a new bf16 result of two E4M3 operands: CUTLASS with one scale per row and column inside torch, or cuBLASLt for two per-tensor scales.
-Both run at the speed of the hardware there, so a kernel of our own would only be more code. ``promote > 0`` selects their split accumulator.
+1. **torch._scaled_mm** for a new bf16 result of two E4M3 operands (`uses_torch`): one scale per row and column, or two per-tensor scales, at the speed of
+the hardware. 2. **cuBLASLt** called directly (`cublaslt`) when both operands have row scales and the result is accumulated into ``out`` (main_grad), is
+fp32, or an operand is E5M2:
+   the same library kernels, which torch does not hand out for these. ``promote > 0`` selects the split accumulator in both.
+3. **A persistent Triton kernel** for the rest: a bias in another dtype, a tensor-wide scale on one side, shapes for which cuBLASLt has no algorithm. It
+promotes the
+   accumulator at a chosen distance. One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is
+   written.
 
-**A persistent Triton kernel** for what they do not do: accumulate into ``out`` (main_grad), write fp32, promote the accumulator at a chosen distance,
-multiply E5M2. One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is written.
+Measured on one H200 (docs/benchmarks): accumulating into fp32 the library does 1240 to 1340 TFLOP/s with an exact (split) accumulator, the Triton kernel
+1055 to 1300 with promotion every 2048.
 
 Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds it to an FP32 total in registers every `promote` elements of K and clears it.
 Total and accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then
@@ -26,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..formats import E4M3, format_of
 from ..reference.gemm import check_product
 from ..tensor import ScaledTensor
+from . import cublaslt
 from .gemm_configs import BLOCK_K, GemmConfig, select_config
 from .launch import launch
 
@@ -228,6 +235,10 @@ def gemm(
         return _gemm_torch(a, b, bias, promote)
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype, device=a.device)
+    if a.granularity == b.granularity == "row" and bias is None and out.is_cuda:
+        plan = cublaslt.plan_for(a, b, out, fast=promote == 0)
+        if plan is not None:
+            return cublaslt.product(plan, a, b, out, accumulate)
     programs = _multiprocessors(a.device)
     return gemm_persistent(a, b, out, bias=bias, accumulate=accumulate, promote=promote, config=select_config(m, n, programs), programs=programs)
 
