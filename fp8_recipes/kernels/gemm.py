@@ -147,7 +147,7 @@ def _gemm_kernel(
         a = a_desc.load([m0, k * BLOCK_K])
         b = b_desc.load([n0, k * BLOCK_K])
         # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]; at every block the compiler's own promotion serves (and the branch below would have no other side)
-        if PROMOTE == 1:
+        if PROMOTE == 1:  # noqa: SIM108
             acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
         else:
             acc = tl.dot(a, b.T, acc)
