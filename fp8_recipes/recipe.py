@@ -47,7 +47,8 @@ class Recipe:
     global_scale: of micro granularity: "unit" (1.0, one read) or "measured" (MOSS as published, two reads; needs fold="none").
     weight_scale: "predicted" (automatic weight scaling) or "measured" (amax of the weight at every use).
     interval: steps between true measurements of a predicted scale.
-    promote: distance along K after which wgrad's accumulator is promoted to FP32, in elements; 0 = never.
+    promote: longest sum along K, in elements, that wgrad may make in Hopper's 14-bit FP8 accumulator before it is promoted to FP32; 0 = no limit. Products
+        with more tokens run on the library's split accumulator, which promotes far more often.
     weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
     quantize: False leaves every product in bf16.
     """
@@ -64,7 +65,7 @@ class Recipe:
     global_scale: str = "unit"
     weight_scale: str = "measured"
     interval: int = 500
-    promote: int = 2048
+    promote: int = 8192
     weight_cache: str = "none"
     quantize: bool = True
 

@@ -3,7 +3,7 @@
 1. **torch._scaled_mm** for a new bf16 result of two E4M3 operands (`uses_torch`): one scale per row and column, or two per-tensor scales, at the speed of
 the hardware. 2. **cuBLASLt** called directly (`cublaslt`) when both operands have row scales and the result is accumulated into ``out`` (main_grad), is
 fp32, or an operand is E5M2:
-   the same library kernels, which torch does not hand out for these. ``promote > 0`` selects the split accumulator in both.
+   the same library kernels, which torch does not hand out for these. `sums_fast` picks their accumulator.
 3. **A persistent Triton kernel** for the rest: a bias in another dtype, a tensor-wide scale on one side, shapes for which cuBLASLt has no algorithm. It
 promotes the
    accumulator at a chosen distance. One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is
@@ -196,6 +196,11 @@ def _check_operands(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None,
         raise ValueError(f"operands, scales, bias and out must be on one device, got {sorted(map(str, devices))}")
 
 
+def sums_fast(k: int, promote: int) -> bool:
+    """May a product over ``k`` stay in the library's fast (unpromoted) accumulator? Yes if nobody asked for promotion within that length."""
+    return promote == 0 or k <= promote
+
+
 def uses_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, out: torch.Tensor | None, out_dtype: torch.dtype) -> bool:
     """Does this product go to ``torch._scaled_mm``? True for a new bf16 result of two E4M3 payloads on a GPU, N a multiple of 16, bias absent or bf16."""
     return (
@@ -223,8 +228,8 @@ def gemm(
     a: [M, K], b: [N, K], payload E4M3 or E5M2 (also mixed), granularity row or tensor; K a multiple of 16 (any M and N).
     out_dtype: bf16 or fp32, of a new result. bias: [N] bf16, fp16 or fp32.
     out: [M, N] bf16 or fp32, overwritten, or with accumulate=True added to (in fp32, rounded once).
-    promote: elements of K between promotions of the accumulator to FP32, a multiple of 128; 0 = never. In torch's backend any value > 0 means its split
-    accumulator, which promotes more often than that.
+    promote: longest distance along K, a multiple of 128, between promotions of the accumulator to FP32; 0 = no limit. The library backends stay in their fast
+    accumulator up to that length and use the split one, which promotes far more often, beyond it.
     """
     check_product(a, b, out, accumulate, bias)
     _check_operands(a, b, bias, out, out_dtype, promote)
@@ -236,7 +241,7 @@ def gemm(
     if out is None:
         out = torch.empty(m, n, dtype=out_dtype, device=a.device)
     if a.granularity == b.granularity == "row" and bias is None and out.is_cuda:
-        plan = cublaslt.plan_for(a, b, out, fast=promote == 0)
+        plan = cublaslt.plan_for(a, b, out, fast=sums_fast(a.shape[1], promote))
         if plan is not None:
             return cublaslt.product(plan, a, b, out, accumulate)
     programs = _multiprocessors(a.device)
@@ -250,7 +255,7 @@ def _gemm_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, pro
         scale_a, scale_b = (q.scale.expand(q.shape[0]).contiguous() for q in (a, b))
         scale_a, scale_b = scale_a[:, None], scale_b[None, :]
     return torch._scaled_mm(
-        a.payload, b.payload.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=promote == 0
+        a.payload, b.payload.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=sums_fast(a.shape[1], promote)
     )
 
 

@@ -49,7 +49,8 @@ def static_reason(mlp: Any) -> str | None:
 def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Options | None:
     """`Options` if this call takes the fused way, else None."""
     recipe = active_recipe()
-    if recipe is None or not recipe.folded or per_token_scale is not None or kwargs or static_reason(mlp) is not None:
+    extra = per_token_scale is not None or any(value is not None for value in kwargs.values())  # the layer passes padding_mask=None
+    if recipe is None or not recipe.folded or extra or static_reason(mlp) is not None:
         return None
     fc1 = mlp.linear_fc1
     first = None if fc1.disable_parameter_transpose_cache else fc1.is_first_microbatch
