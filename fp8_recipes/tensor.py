@@ -45,8 +45,9 @@ class ScaledTensor:
             raise ValueError(f"unknown granularity {self.granularity!r}; expected one of {GRANULARITIES}")
         if self.payload.dim() != 2:
             raise ValueError(f"payload must be 2-D [rows, cols], got shape {tuple(self.payload.shape)}")
-        expected = scale_shape(self.payload.shape[0], self.payload.shape[1], self.granularity)
-        if tuple(self.scale.shape) != expected:
+        rows, cols = self.payload.shape
+        expected = scale_shape(rows, cols, self.granularity)
+        if self.scale.shape != expected:
             raise ValueError(
                 f"{self.granularity} scale of a {tuple(self.payload.shape)} payload must have shape {expected}, "
                 f"got {tuple(self.scale.shape)}"
@@ -72,14 +73,17 @@ class ScaledTensor:
 
 def scale_shape(rows: int, cols: int, granularity: str) -> tuple[int, ...]:
     """Shape of the scale tensor of a [rows, cols] payload."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "tensor": (),
-        "row": (rows,),
-        "tile": (rows, -(-cols // TILE)),
-        "block": (-(-rows // TILE), -(-cols // TILE)),
-        "micro": (rows, -(-cols // MICRO)),
-    }
-    return shapes[granularity]
+    if granularity == "row":
+        return (rows,)
+    if granularity == "tensor":
+        return ()
+    if granularity == "tile":
+        return rows, -(-cols // TILE)
+    if granularity == "micro":
+        return rows, -(-cols // MICRO)
+    if granularity == "block":
+        return -(-rows // TILE), -(-cols // TILE)
+    raise ValueError(f"unknown granularity {granularity!r}; expected one of {GRANULARITIES}")
 
 
 def check_matrix(x: torch.Tensor, name: str) -> None:

@@ -11,9 +11,6 @@ FP32 subnormals are never flushed: Triton compiles without ftz, so a bf16 subnor
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -40,17 +37,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Context under which kernels launch on the device of ``x``."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def check_device(x: torch.Tensor, name: str) -> None:
     """Raise unless the kernels can run on the device of ``x``."""
-    wanted = "cpu" if IS_INTERPRETED else "cuda"
-    if x.device.type != wanted:
+    if not (x.is_cpu if IS_INTERPRETED else x.is_cuda):
         why = "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors" if IS_INTERPRETED else "Triton kernels run on CUDA tensors"
         raise ValueError(f"{name} is on {x.device}: {why}; fp8_recipes.ops chooses kernel or reference by device")
 
@@ -76,15 +65,35 @@ def tiles_of(cols: int) -> int:
     return -(-cols // TILE)
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). Triton's own is a wrapper for constexprs that takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 # --- device functions ---------------------------------------------------------------------------------------------------------------------------
 
 
+# Two instructions for two values; the compiler's own conversion extracts the upper one first.
+_BF16_PAIR = tl.constexpr("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000; }")
+
+
 @triton.jit
-def to_fp32(x):
-    """Input values (bf16, fp16, fp32) as fp32, exactly. The interpreter's own conversion of bf16 subnormals is wrong."""
+def to_fp32(x, AGAIN: tl.constexpr = False):
+    """Input values (bf16, fp16, fp32) as fp32, exactly. The interpreter's own conversion of bf16 subnormals is wrong.
+
+    AGAIN: convert here, even if the same values were converted before, so that in between only the 16-bit form takes registers.
+    """
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+    elif x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(_BF16_PAIR, "=r,=r,r", [x], dtype=tl.float32, is_pure=not AGAIN, pack=2)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -102,11 +111,10 @@ def pow2(exponent):
 @triton.jit
 def scale_exponent(amax, E5M2: tl.constexpr):
     """Exponent of the smallest power of two s with amax <= fmt.max * s, from the bits of amax (fp32 >= 0): `formats.scale_exponent_from_amax`."""
-    bits = amax.to(tl.int32, bitcast=True)
-    carry = ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    # A mantissa above 0x600000 carries into the exponent field. The largest finite amax gives 120, so only the lower end needs a clamp.
+    field = ((amax.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32)
     max_exponent: tl.constexpr = 15 if E5M2 else 8
-    exponent = (bits >> 23) - (127 + max_exponent) + carry
-    return tl.minimum(tl.maximum(exponent, -126), 127)
+    return tl.maximum(field, max_exponent + 1) - (127 + max_exponent)
 
 
 @triton.jit

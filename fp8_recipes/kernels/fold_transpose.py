@@ -5,9 +5,7 @@ travel through shared memory:
 
     4 rows x 4 columns = one word from each of 4 rows  --8 x prmt-->  one word for each of 4 columns  --transpose of words-->  runs of TR bytes along the rows
 
-The exponent shift happens on the words as they arrive, four values at once: FP8 -> f16 (exact), two multiplications by powers of two, f16 -> FP8 (one
-rounding to nearest even, saturating, NaN kept). f16 holds every intermediate that can still be non-zero at the end; products that f16 rounds are below half
-of the smallest FP8 subnormal after the shift.
+The exponent shift happens on the words as they arrive, four values at once (`words.shift_words`).
 
 The target exponent of 128 columns is a maximum over all rows. A small first kernel reduces the tile exponents (1/128 of the data) to PARTS partial maxima per
 column block; each program of the second kernel finishes its own maximum from them.
@@ -15,19 +13,36 @@ column block; each program of the second kernel finishes its own maximum from th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..formats import Format
+from ..formats import Format, format_of
 from ..reference.quantize import tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, tiles_of, to_fp32
+from .common import (
+    INTERPRETED,
+    cdiv,
+    check_device,
+    check_not_empty,
+    decode,
+    encode,
+    finite_or_nan,
+    is_e5m2,
+    next_power_of_2,
+    pow2,
+    scale_bytes,
+    tiles_of,
+    to_fp32,
+)
 from .launch import launch
 from .quantize import given_exponent
+from .words import pack_4, shift_words, transpose_4x4
 
 
 @dataclass(frozen=True)
@@ -38,119 +53,13 @@ class TransposePlan:
     warps: int = 4
     columns_first: bool = True
     """Do neighbouring programs work on neighbouring columns (True) or rows (False)?"""
-    overlap: bool = False
+    overlap: bool = True
     """Programmatic dependent launch: start reading while the partial maxima are still being computed."""
 
 
 PLAN = TransposePlan()
 WEIGHT_PLAN = TransposePlan()
 MAX_PARTS = 128
-
-_SHIFT_E4M3 = """{
-.reg .b16 l, h; .reg .b32 a, b;
-mov.b32 {l, h}, $1;
-cvt.rn.f16x2.e4m3x2 a, l; cvt.rn.f16x2.e4m3x2 b, h;
-mul.rn.f16x2 a, a, $2; mul.rn.f16x2 b, b, $2;
-mul.rn.f16x2 a, a, $3; mul.rn.f16x2 b, b, $3;
-cvt.rn.satfinite.e4m3x2.f16x2 l, a; cvt.rn.satfinite.e4m3x2.f16x2 h, b;
-mov.b32 $0, {l, h};
-}"""
-# E5M2 spans more than two f16 powers can (2**31 upwards), and has Inf codes, which must become NaN: x + x * 0 first, and a third factor.
-_SHIFT_E5M2 = """{
-.reg .b16 l, h; .reg .b32 a, b, z;
-mov.b32 {l, h}, $1; mov.b32 z, 0;
-cvt.rn.f16x2.e5m2x2 a, l; cvt.rn.f16x2.e5m2x2 b, h;
-fma.rn.f16x2 a, a, z, a; fma.rn.f16x2 b, b, z, b;
-mul.rn.f16x2 a, a, $2; mul.rn.f16x2 b, b, $2;
-mul.rn.f16x2 a, a, $3; mul.rn.f16x2 b, b, $3;
-mul.rn.f16x2 a, a, $4; mul.rn.f16x2 b, b, $4;
-cvt.rn.satfinite.e5m2x2.f16x2 l, a; cvt.rn.satfinite.e5m2x2.f16x2 h, b;
-mov.b32 $0, {l, h};
-}"""
-_TRANSPOSE_4X4 = """{
-.reg .b32 a, b, c, d;
-prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $6, $7, 0x5140;
-prmt.b32 c, $4, $5, 0x7362; prmt.b32 d, $6, $7, 0x7362;
-prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;
-prmt.b32 $2, c, d, 0x5410; prmt.b32 $3, c, d, 0x7632;
-}"""
-_PACK_E4M3 = """{
-.reg .b16 l, h;
-cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;
-mov.b32 $0, {l, h};
-}"""
-_PACK_E5M2 = _PACK_E4M3.replace("e4m3x2", "e5m2x2")
-SHIFT_E4M3 = tl.constexpr(_SHIFT_E4M3)
-SHIFT_E5M2 = tl.constexpr(_SHIFT_E5M2)
-TRANSPOSE_4X4 = tl.constexpr(_TRANSPOSE_4X4)
-PACK_E4M3 = tl.constexpr(_PACK_E4M3)
-PACK_E5M2 = tl.constexpr(_PACK_E5M2)
-
-
-@triton.jit
-def _f16_pair(exponent):
-    """2**exponent as f16, twice in one word; exponent in [-24, 15]. Exponent 255: NaN."""
-    factor = tl.where(exponent == 255, float("nan"), pow2(exponent))
-    bits = factor.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
-
-
-@triton.jit
-def _shift_portable(word, shift, E5M2: tl.constexpr):
-    """Four FP8 bytes in a word times 2**shift (NaN where shift is 255), byte by byte."""
-    factor = tl.where(shift == 255, float("nan"), pow2(tl.minimum(tl.maximum(shift, -126), 127)))
-    out = tl.zeros_like(word)
-    for i in tl.static_range(4):
-        value = decode(((word >> (8 * i)) & 0xFF).to(tl.uint8), E5M2) * factor
-        out |= encode(finite_or_nan(value), E5M2).to(tl.int32) << (8 * i)
-    return out
-
-
-@triton.jit
-def shift_words(word, shift, E5M2: tl.constexpr):
-    """Words of four FP8 values times 2**shift, nearest even, saturating; NaN where shift is 255. shift: int32, broadcastable to word."""
-    if INTERPRETED:
-        return _shift_portable(word, shift, E5M2)
-    elif E5M2:
-        k = tl.minimum(tl.maximum(shift, -34), 40)
-        first = tl.minimum(tl.maximum(k, -17), 15)
-        second = tl.minimum(tl.maximum(k - first, -17), 15)
-        f = _f16_pair(tl.where(shift == 255, 255, first))
-        g = _f16_pair(second)
-        h = _f16_pair(k - first - second)
-        return tl.inline_asm_elementwise(SHIFT_E5M2, "=r,r,r,r,r", [word, f, g, h], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        k = tl.minimum(tl.maximum(shift, -24), 24)
-        f = _f16_pair(tl.where(shift == 255, 255, k >> 1))
-        g = _f16_pair(k - (k >> 1))
-        return tl.inline_asm_elementwise(SHIFT_E4M3, "=r,r,r,r", [word, f, g], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def transpose_4x4(a, b, c, d):
-    """Byte i of word j goes to byte j of word i."""
-    if INTERPRETED:
-        o0 = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
-        o1 = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
-        o2 = ((a >> 16) & 0xFF) | ((b >> 8) & 0xFF00) | (c & 0xFF0000) | ((d & 0xFF0000) << 8)
-        o3 = ((a >> 24) & 0xFF) | ((b >> 16) & 0xFF00) | ((c >> 8) & 0xFF0000) | (d & -0x1000000)
-        return o0, o1, o2, o3
-    else:
-        return tl.inline_asm_elementwise(
-            TRANSPOSE_4X4, "=&r,=&r,=&r,=&r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def pack_4(a, b, c, d, E5M2: tl.constexpr):
-    """Four fp32 values rounded to FP8 in one word, a in the lowest byte."""
-    if INTERPRETED:
-        low = encode(a, E5M2).to(tl.int32) | (encode(b, E5M2).to(tl.int32) << 8)
-        return low | (encode(c, E5M2).to(tl.int32) << 16) | (encode(d, E5M2).to(tl.int32) << 24)
-    elif E5M2:
-        return tl.inline_asm_elementwise(PACK_E5M2, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        return tl.inline_asm_elementwise(PACK_E4M3, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -305,15 +214,26 @@ def _tile_bytes(q: ScaledTensor) -> torch.Tensor:
     return (tile_exponents(q) + 127).to(torch.uint8)
 
 
+@functools.cache
+def _partial_plan(rows: int, tiles: int, max_parts: int) -> tuple[int, int, int]:
+    """(rows per load, partial maxima per column block, column blocks per program): one or two loads per program, their latency is all it costs."""
+    group = min(128, max(16, next_power_of_2(cdiv(rows, max_parts))))
+    return group, min(max_parts, next_power_of_2(cdiv(rows, group))), min(128, next_power_of_2(tiles))
+
+
 def _partial_targets(tiles: torch.Tensor, overlap: bool) -> torch.Tensor:
     """Partial maxima over rows of uint8 [rows, tiles]: uint8 [tiles, parts], parts a power of two."""
     rows, count = tiles.shape
-    group = min(128, max(16, triton.next_power_of_2(triton.cdiv(rows, MAX_PARTS))))  # one or two loads per program: their latency is all it costs
-    parts = min(MAX_PARTS, triton.next_power_of_2(triton.cdiv(rows, group)))
-    width = min(128, triton.next_power_of_2(count))
+    group, parts, width = _partial_plan(rows, count, MAX_PARTS)
     partial = common.empty((count, parts), torch.uint8, tiles.device)
-    launch(_partial_target_kernel, (parts, triton.cdiv(count, width)), tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=8)
+    launch(_partial_target_kernel, (parts, cdiv(count, width)), tiles, partial, rows, count, ROWS=group, TILES=width, OVERLAP=overlap, num_warps=8)
     return partial
+
+
+@functools.cache
+def _source_constants(granularity: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels' constants for a payload's scales and format."""
+    return {"GROUP": {"row": 0, "tile": TILE, "micro": MICRO}[granularity], "E5M2": is_e5m2(format_of(dtype))}
 
 
 def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: TransposePlan | None = None) -> ScaledTensor:
@@ -327,31 +247,26 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
     check_device(q.payload, "payload")
     check_not_empty(q.payload, "payload")
     plan = PLAN if plan is None else plan
-    rows, cols = q.shape
+    rows, cols = q.payload.shape
     tiles = _tile_bytes(q)
     overlap = plan.overlap and to == "column_block" and not common.IS_INTERPRETED
     source = q.scale if q.granularity == "row" else scale_bytes(q)
-    constants = {"GROUP": {"row": 0, "tile": TILE, "micro": MICRO}[q.granularity], "E5M2": is_e5m2(q.format)}
-    payload = common.empty((cols, rows), torch.uint8, q.device)
+    constants = _source_constants(q.granularity, q.payload.dtype)
     scale = common.empty((cols,), torch.float32, q.device)
-    with on_device(q.payload):
-        partial = _partial_targets(tiles, overlap)
-        if to == "tensor":
-            partial = partial.amax().view(1, 1)
-        stride = 0 if to == "tensor" else partial.shape[1]
-        if rows % 4 or cols % 4:
-            grid: tuple[int, ...] = (triton.cdiv(rows, 32), tiles_of(cols))
-            arguments = (q.payload.view(torch.uint8), payload, scale, source, partial, rows, cols, stride)
-            launch(_fold_transpose_bytes_kernel, grid, *arguments, PARTS=partial.shape[1], **constants)
-        else:
-            grid = (triton.cdiv(rows, plan.rows) * tiles_of(cols),)
-            arguments = (q.payload.view(torch.int32), payload.view(torch.int32), scale, source, partial, rows, cols, stride)
-            pdl = {"launch_pdl": True} if overlap else {}
-            launch(
-                _fold_transpose_kernel,
-                grid,
-                *arguments, PARTS=partial.shape[1], TR=plan.rows, **constants, COLUMNS_FIRST=plan.columns_first, OVERLAP=overlap, num_warps=plan.warps, **pdl
-            )
+    partial = _partial_targets(tiles, overlap)
+    if to == "tensor":
+        partial = partial.amax().view(1, 1)
+    parts = partial.shape[1]
+    stride = 0 if to == "tensor" else parts
+    if rows % 4 or cols % 4:
+        payload = common.empty((cols, rows), torch.uint8, q.device)
+        arguments = (q.payload.view(torch.uint8), payload, scale, source, partial, rows, cols, stride)
+        launch(_fold_transpose_bytes_kernel, (cdiv(rows, 32), tiles_of(cols)), *arguments, PARTS=parts, **constants)
+    else:
+        payload = common.empty((cols, rows // 4), torch.int32, q.device)
+        arguments = (q.payload.view(torch.int32), payload, scale, source, partial, rows, cols, stride)
+        options = {"COLUMNS_FIRST": plan.columns_first, "OVERLAP": overlap, "num_warps": plan.warps, "launch_pdl": overlap}
+        launch(_fold_transpose_kernel, (cdiv(rows, plan.rows) * tiles_of(cols),), *arguments, PARTS=parts, TR=plan.rows, **constants, **options)
     return ScaledTensor(payload.view(q.payload.dtype), scale, "row")
 
 
@@ -359,25 +274,24 @@ def quantize_given_transposed(w: torch.Tensor, amax: torch.Tensor, increment: fl
     """``w`` [out_features, in_features] (out_features a multiple of 4) -> payload [in_features, out_features] under the scale of ``amax + increment``."""
     plan = WEIGHT_PLAN if plan is None else plan
     rows, cols = w.shape
-    payload = common.empty((cols, rows), torch.uint8, w.device)
+    payload = common.empty((cols, rows // 4), torch.int32, w.device)
     scale = common.empty((), torch.float32, w.device)
     width = 64
-    grid = (triton.cdiv(rows, plan.rows) * triton.cdiv(cols, width),)
-    with on_device(w):
-        launch(
-            _quantize_given_transposed_kernel,
-            grid,
-            w,
-            payload.view(torch.int32),
-            scale,
-            amax,
-            float(increment),
-            rows,
-            cols,
-            TR=plan.rows,
-            TC=width,
-            E5M2=is_e5m2(fmt),
-            COLUMNS_FIRST=plan.columns_first,
-            num_warps=plan.warps,
-        )
+    grid = (cdiv(rows, plan.rows) * cdiv(cols, width),)
+    launch(
+        _quantize_given_transposed_kernel,
+        grid,
+        w,
+        payload,
+        scale,
+        amax,
+        float(increment),
+        rows,
+        cols,
+        TR=plan.rows,
+        TC=width,
+        E5M2=is_e5m2(fmt),
+        COLUMNS_FIRST=plan.columns_first,
+        num_warps=plan.warps,
+    )
     return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")

@@ -20,22 +20,32 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _INT32 = 2**31
 
 
-def _specialization(arg: Any) -> Any:
-    """What Triton's compiled code depends on, for one run-time argument."""
-    kind = type(arg)
-    if kind is int:
-        return arg == 1, arg % 16 == 0, -_INT32 <= arg < _INT32
-    if kind is float or arg is None:
-        return kind
-    if kind is TensorDescriptor:
-        return arg.base.dtype, tuple(arg.block_shape)
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    raise TypeError(f"cannot launch a kernel with a run-time argument of type {kind.__name__}; pass it as a constant")
+def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """(what Triton's compiled code depends on, values for its launcher) of the run-time arguments. Tensors become addresses, which the launcher takes as
+    they are; for a tensor it would ask the driver about every pointer."""
+    key: list[Any] = []
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            address = arg.data_ptr()
+            key += (arg.dtype, address % 16)
+            values.append(address)
+            continue
+        kind = type(arg)
+        if kind is int:
+            key += (kind, arg == 1, arg % 16 == 0, -_INT32 <= arg < _INT32)
+        elif kind is float or arg is None:
+            key.append(kind)
+        elif kind is TensorDescriptor:
+            key += (arg.base.dtype, *arg.block_shape)
+        else:
+            raise TypeError(f"cannot launch a kernel with a run-time argument of type {kind.__name__}; pass it as a constant")
+        values.append(arg)
+    return key, values
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)``.
+    """``kernel[grid](*args, **constants)`` on the device of the first argument (a tensor or a tensor descriptor).
 
     args: the kernel's run-time arguments, all of them, in order. constants: its constexpr parameters and Triton's launch options (num_warps, num_stages, ...).
     """
@@ -43,18 +53,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
         return
     device = torch.cuda.current_device()
-    key = (kernel, device, *map(_specialization, args), *constants.items())
-    known = _compiled.get(key)
+    wanted = (args[0] if isinstance(args[0], torch.Tensor) else args[0].base).get_device()
+    if wanted != device:
+        with torch.cuda.device(wanted):
+            launch(kernel, grid, *args, **constants)
+        return
+    key, values = _specialize(args)
+    known = _compiled.get((kernel, device, *key, *constants.items()))
     if known is None:
         compiled = kernel[grid](*args, **constants)
         trailing = tuple(constants[p.name] for p in kernel.params[len(args) :])
-        _compiled[key] = compiled, trailing
+        _compiled[(kernel, device, *key, *constants.items())] = compiled, trailing
         return
     compiled, trailing = known
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    bound = (*args, *trailing)
-    compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, compiled.launch_metadata((x, y, z), stream, *bound),
-        knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *bound,
-    )  # fmt: skip
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    metadata = None if enter is None else compiled.launch_metadata((x, y, z), stream, *args, *trailing)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values, *trailing)

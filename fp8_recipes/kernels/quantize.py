@@ -14,9 +14,22 @@ from ..formats import E4M3, Format, global_scale_from_amax
 from ..reference.quantize import _check_options, tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
 from . import common
-from .common import check_device, check_not_empty, decode, encode, finite_or_nan, is_e5m2, on_device, pow2, scale_bytes, scale_exponent, to_fp32
+from .common import (
+    cdiv,
+    check_device,
+    check_not_empty,
+    decode,
+    encode,
+    finite_or_nan,
+    is_e5m2,
+    next_power_of_2,
+    pow2,
+    scale_bytes,
+    scale_exponent,
+    to_fp32,
+)
 from .launch import launch
-from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
+from .rows import MAX_ROW, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
 
 WIDE_TILES = 32
 """Tiles per step when a row is too wide for registers."""
@@ -57,12 +70,14 @@ def _quantize_rows_kernel(
     if TAIL:  # both loads are in flight before the first reduction waits
         raw_tail = load_piece(x_ptr, BLOCK * 128, cols, TAIL)
     x, micro = _scaled(raw, global_ptr, GLOBAL)
-    row_exp = row_exponent(micro, E5M2)
+    held, local, tile_exp = hold_piece(x, micro, LOCAL, E5M2)
+    row_exp = tl.max(tile_exp, axis=0)
     if TAIL:
         x_tail, micro_tail = _scaled(raw_tail, global_ptr, GLOBAL)
-        row_exp = tl.maximum(row_exp, row_exponent(micro_tail, E5M2))
-        store_piece(x_tail, micro_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(x, micro, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        held_tail, local_tail, tile_exp_tail = hold_piece(x_tail, micro_tail, LOCAL, E5M2)
+        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
+        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -86,10 +101,11 @@ def _quantize_wide_rows_kernel(
     if FOLD or LOCAL == "row":
         for first in range(0, cols, TILES * 128):
             x, micro = _scaled(load_piece(x_ptr, first, cols, TILES), global_ptr, GLOBAL)
-            row_exp = tl.maximum(row_exp, row_exponent(micro, E5M2))
+            row_exp = tl.maximum(row_exp, tl.max(tl.max(scale_exponent(micro, E5M2), axis=1), axis=0))
     for first in range(0, cols, TILES * 128):
         x, micro = _scaled(load_piece(x_ptr, first, cols, TILES), global_ptr, GLOBAL)
-        store_piece(x, micro, row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        held, local, tile_exp = hold_piece(x, micro, LOCAL, E5M2)
+        store_piece(held, local, tile_exp, row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -168,10 +184,9 @@ def _fold_kernel(
 
 def amax(x: torch.Tensor) -> torch.Tensor:
     """Largest finite |x|, 0-dim fp32, in one read."""
-    programs = min(triton.cdiv(x.numel(), FLAT), 1056)  # eight for each of 132 multiprocessors
+    programs = min(cdiv(x.numel(), FLAT), 1056)  # eight for each of 132 multiprocessors
     partial = common.empty((programs,), torch.float32, x.device)
-    with on_device(x):
-        launch(_partial_amax_kernel, (programs,), x, partial, x.numel(), BLOCK=FLAT)
+    launch(_partial_amax_kernel, (programs,), x, partial, x.numel(), BLOCK=FLAT)
     return partial.amax()
 
 
@@ -196,17 +211,16 @@ def quantize(
         global_scale = global_scale_from_amax(amax(x), fmt)
     elif global_scale is not None:
         global_scale = global_scale.float()
-    q = empty_rows(x.shape[0], x.shape[1], granularity, fold, fmt, x.device)
+    rows, cols = x.shape
+    r = row_result(cols, granularity, fold, fmt)
+    q, pointers = empty_rows(rows, cols, r, fmt, x.device)
     q.global_scale = global_scale
-    pointers, constants = row_arguments(q, granularity, fold)
-    constants["GLOBAL"] = global_scale is not None
-    arguments = (x, *pointers, x if global_scale is None else global_scale, x.shape[1])
-    with on_device(x):
-        if x.shape[1] > MAX_ROW:
-            launch(_quantize_wide_rows_kernel, (x.shape[0],), *arguments, TILES=WIDE_TILES, **constants, num_warps=4)
-        else:
-            plan = plan_row(x.shape[1])
-            launch(_quantize_rows_kernel, (x.shape[0],), *arguments, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+    arguments = (x, *pointers, x if global_scale is None else global_scale, cols)
+    if cols > MAX_ROW:
+        options = {name: r.constants[name] for name in ("LOCAL", "FOLD", "E5M2")}
+        launch(_quantize_wide_rows_kernel, (rows,), *arguments, TILES=WIDE_TILES, **options, GLOBAL=global_scale is not None, num_warps=4)
+    else:
+        launch(_quantize_rows_kernel, (rows,), *arguments, **r.constants, GLOBAL=global_scale is not None)
     return q
 
 
@@ -214,8 +228,7 @@ def _quantize_blocks(x: torch.Tensor, fmt: Format) -> ScaledTensor:
     rows, cols = x.shape
     payload = common.empty((rows, cols), torch.uint8, x.device)
     scale = common.empty(scale_shape(rows, cols, "block"), torch.float32, x.device)
-    with on_device(x):
-        launch(_quantize_block_kernel, (scale.shape[0], scale.shape[1]), x, payload, scale, rows, cols, E5M2=is_e5m2(fmt), num_warps=8)
+    launch(_quantize_block_kernel, (scale.shape[0], scale.shape[1]), x, payload, scale, rows, cols, E5M2=is_e5m2(fmt), num_warps=8)
     return ScaledTensor(payload.view(fmt.dtype), scale, "block")
 
 
@@ -223,9 +236,8 @@ def _quantize_given(x: torch.Tensor, amax: torch.Tensor, increment: float, fmt: 
     """One scale for the whole tensor, from ``amax + increment`` read on the device."""
     payload = common.empty(tuple(x.shape), torch.uint8, x.device)
     scale = common.empty((), torch.float32, x.device)
-    with on_device(x):
-        grid = (triton.cdiv(x.numel(), FLAT),)
-        launch(_quantize_given_kernel, grid, x, payload, scale, amax, float(increment), x.numel(), BLOCK=FLAT, E5M2=is_e5m2(fmt))
+    grid = (cdiv(x.numel(), FLAT),)
+    launch(_quantize_given_kernel, grid, x, payload, scale, amax, float(increment), x.numel(), BLOCK=FLAT, E5M2=is_e5m2(fmt))
     return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")
 
 
@@ -278,23 +290,22 @@ def _fold_payload(q: ScaledTensor, source: torch.Tensor, target: torch.Tensor) -
     rows, cols = q.shape
     out = common.empty((rows, cols), torch.uint8, q.device)
     width = {"micro": MICRO, "tile": TILE, "block": TILE, "row": 0, "tensor": 0}[q.granularity]
-    block = min(FLAT, triton.next_power_of_2(cols))
-    with on_device(q.payload):
-        launch(
-            _fold_kernel,
-            (rows, triton.cdiv(cols, block)),
-            q.payload.view(torch.uint8),
-            out,
-            source,
-            target,
-            cols,
-            source.stride(0) if source.dim() else 0,
-            target.stride(0) if target.dim() else 0,
-            ROWS_PER_SCALE=TILE if q.granularity == "block" else 1,
-            COLS_PER_SCALE=width,
-            BLOCK=block,
-            E5M2=is_e5m2(q.format),
-        )
+    block = min(FLAT, next_power_of_2(cols))
+    launch(
+        _fold_kernel,
+        (rows, cdiv(cols, block)),
+        q.payload.view(torch.uint8),
+        out,
+        source,
+        target,
+        cols,
+        source.stride(0) if source.dim() else 0,
+        target.stride(0) if target.dim() else 0,
+        ROWS_PER_SCALE=TILE if q.granularity == "block" else 1,
+        COLS_PER_SCALE=width,
+        BLOCK=block,
+        E5M2=is_e5m2(q.format),
+    )
     return out.view(q.payload.dtype)
 
 

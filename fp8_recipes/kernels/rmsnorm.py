@@ -13,10 +13,10 @@ from ..formats import E4M3, Format
 from ..reference.quantize import _check_options
 from ..tensor import ScaledTensor, check_matrix
 from . import common
-from .common import check_device, check_not_empty, finite_or_nan, on_device
+from .common import check_device, check_not_empty, finite_or_nan, to_fp32
 from .launch import launch
 from .quantize import quantize
-from .rows import MAX_ROW, empty_rows, load_piece, micro_amax, plan_row, row_arguments, row_exponent, store_piece, store_row_scale
+from .rows import MAX_ROW, empty_rows, hold_piece, load_raw, micro_amax, row_result, store_piece, store_row_scale
 
 
 @triton.jit
@@ -41,23 +41,26 @@ def _rmsnorm_quantize_kernel(
     E5M2: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x = load_piece(x_ptr + row * cols, 0, cols, BLOCK)
+    x_ptr += row * cols
+    x = load_raw(x_ptr, 0, cols, BLOCK)
+    gamma = load_raw(gamma_ptr, 0, cols, BLOCK)
     if TAIL:
-        x_tail = load_piece(x_ptr + row * cols, BLOCK * 128, cols, TAIL)
-    square = _sum_of_squares(x)
+        x_tail = load_raw(x_ptr, BLOCK * 128, cols, TAIL)
+        gamma_tail = load_raw(gamma_ptr, BLOCK * 128, cols, TAIL)
+    square = _sum_of_squares(to_fp32(x))
     if TAIL:
-        square += _sum_of_squares(x_tail)
+        square += _sum_of_squares(to_fp32(x_tail))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, cols.to(tl.float32)) + eps))
     tl.store(rstd_ptr + row, rstd)
-    y = finite_or_nan(x * rstd * load_piece(gamma_ptr, 0, cols, BLOCK))  # gamma comes from cache; loaded here it costs no registers above
-    micro = micro_amax(y)
-    row_exp = row_exponent(micro, E5M2)
+    y = finite_or_nan(to_fp32(x, AGAIN=True) * rstd * to_fp32(gamma, AGAIN=True))
+    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
+    row_exp = tl.max(tile_exp, axis=0)
     if TAIL:
-        y_tail = finite_or_nan(x_tail * rstd * load_piece(gamma_ptr, BLOCK * 128, cols, TAIL))
-        micro_tail = micro_amax(y_tail)
-        row_exp = tl.maximum(row_exp, row_exponent(micro_tail, E5M2))
-        store_piece(y_tail, micro_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(y, micro, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        y_tail = finite_or_nan(to_fp32(x_tail, AGAIN=True) * rstd * to_fp32(gamma_tail, AGAIN=True))
+        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
+        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
+        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -79,14 +82,8 @@ def rmsnorm_quantize(
         rstd = torch.rsqrt(xf.square().mean(dim=1) + eps)
         return quantize(xf * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold), rstd
     rows, cols = x.shape
-    q = empty_rows(rows, cols, granularity, fold, fmt, x.device)
+    r = row_result(cols, granularity, fold, fmt)
+    q, pointers = empty_rows(rows, cols, r, fmt, x.device)
     rstd = common.empty((rows,), torch.float32, x.device)
-    pointers, constants = row_arguments(q, granularity, fold)
-    plan = plan_row(cols)
-    with on_device(x):
-        launch(
-            _rmsnorm_quantize_kernel,
-            (rows,),
-            x, *pointers, gamma.contiguous(), rstd, cols, eps, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps
-        )
+    launch(_rmsnorm_quantize_kernel, (rows,), x, *pointers, gamma.contiguous(), rstd, cols, eps, **r.constants)
     return q, rstd

@@ -8,6 +8,7 @@ only between the first two.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ import triton.language as tl
 from ..formats import Format
 from ..tensor import MICRO, TILE, ScaledTensor, scale_shape
 from . import common
-from .common import decode, encode, is_e5m2, pow2, scale_exponent, tiles_of, to_fp32
+from .common import is_e5m2, next_power_of_2, pow2, scale_exponent, tiles_of, to_fp32
+from .words import bytes_of, pack_row, shift_words_down
 
 MAX_ROW = 32768
 """Widest row held in registers; wider rows are read twice."""
-ELEMENTS_PER_THREAD = 32
-"""Aimed for when the number of warps is chosen; scripts/bench_kernels.py sweeps it."""
+ELEMENTS_PER_THREAD = 64
+"""At least, while that leaves one warp: many short programs keep more loads in flight than few wide ones. scripts/bench_kernels.py sweeps it."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,34 @@ class RowPlan:
     warps: int
 
 
-def plan_row(cols: int, per_thread: int | None = None) -> RowPlan:
+def plan_row(cols: int) -> RowPlan:
     """Cut a row of ``cols`` columns into power-of-two pieces."""
+    return _plan_row(cols, ELEMENTS_PER_THREAD)
+
+
+@functools.cache
+def _plan_row(cols: int, per_thread: int) -> RowPlan:
     tiles = tiles_of(cols)
-    block = triton.next_power_of_2(tiles)
+    block = next_power_of_2(tiles)
     tail = 0
     if block > 4 and tiles <= block // 2 + block // 4:
         block //= 2
-        tail = triton.next_power_of_2(tiles - block)
-    per_thread = ELEMENTS_PER_THREAD if per_thread is None else per_thread
-    warps = (block + tail) * TILE // (32 * per_thread)
-    return RowPlan(block, tail, min(max(triton.next_power_of_2(warps), 1), 16))
+        tail = next_power_of_2(tiles - block)
+    warps = max((block + tail) * TILE // (32 * per_thread), 1)
+    return RowPlan(block, tail, min(1 << (warps.bit_length() - 1), 16))
 
 
 @triton.jit
 def load_piece(ptr, first, cols, TILES: tl.constexpr):
     """Columns first .. first + TILES * 128 of one row as fp32 [TILES, 4, 32]; 0 beyond ``cols``."""
+    return to_fp32(load_raw(ptr, first, cols, TILES))
+
+
+@triton.jit
+def load_raw(ptr, first, cols, TILES: tl.constexpr):
+    """`load_piece` in the type of the memory."""
     column = first + columns_of(TILES)
-    return to_fp32(tl.load(ptr + column, mask=column < cols, other=0.0))
+    return tl.load(ptr + column, mask=column < cols, other=0.0)
 
 
 @triton.jit
@@ -65,37 +77,56 @@ def columns_of(TILES: tl.constexpr):
 @triton.jit
 def micro_amax(y):
     """Largest finite |y| of each micro group: [TILES, 4, 32] -> [TILES, 4]. ``y`` must be NaN where it is not finite; max drops NaN."""
-    amax = tl.max(tl.abs(y), axis=2)
-    return tl.where(amax == amax, amax, 0.0)
+    return tl.maximum(tl.max(tl.abs(y), axis=2), 0.0)  # the second maximum is for a group that is all NaN
 
 
 @triton.jit
-def row_exponent(micro, E5M2: tl.constexpr):
-    """Scale exponent of the whole piece from its micro maxima."""
-    return scale_exponent(tl.max(tl.max(micro, axis=1), axis=0), E5M2)
+def hold_piece(y, micro, LOCAL: tl.constexpr, E5M2: tl.constexpr):
+    """What of a piece waits for the row's maximum: (held, exponent of held [TILES, 4], exponent of each tile [TILES]).
+
+    y: [TILES, 4, 32] fp32, micro: [TILES, 4] its maxima. Where the payload's first rounding needs only the group's own scale ("tile", "micro"), y is
+    rounded here and held as FP8 words [TILES, 4, 8], a quarter of the registers of y; "row" holds y.
+    """
+    micro_exp = scale_exponent(micro, E5M2)
+    tile_exp = tl.max(micro_exp, axis=1)
+    if LOCAL == "row":
+        return y, micro_exp, tile_exp
+    else:
+        local = tile_exp[:, None] + tl.zeros_like(micro_exp) if LOCAL == "tile" else micro_exp
+        return pack_row(y * pow2(-local)[:, :, None], E5M2), local, tile_exp
 
 
 @triton.jit
 def store_piece(
-    y, micro, row_exp, row, first, end, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr
+    held,
+    local,
+    tile_exp,
+    row_exp,
+    row,
+    first,
+    end,
+    cols,
+    payload_ptr,
+    scale_ptr,
+    tile_exponent_ptr,
+    LOCAL: tl.constexpr,
+    FOLD: tl.constexpr,
+    E5M2: tl.constexpr,
 ):
-    """Round a piece and store payload and per-group scales. LOCAL: "row", "tile" or "micro"; FOLD: then re-express it at ``row_exp``.
+    """Write payload and per-group scales of a held piece. LOCAL: "row", "tile" or "micro"; FOLD: then re-express it at ``row_exp``.
 
-    y: [TILES, 4, 32] goes to columns first .. min(first + TILES * 128, end) of a row of ``cols``; first is a multiple of 128, and so is end unless it is cols.
-    micro: [TILES, 4] maxima. A row (or folded) result writes tile_exponent; the row's own scale is the caller's to write.
+    The piece goes to columns first .. min(first + TILES * 128, end) of a row of ``cols``; first is a multiple of 128, and so is end unless it is cols.
+    A row (or folded) result writes tile_exponent; the row's own scale is the caller's to write.
     """
-    TILES: tl.constexpr = y.shape[0]
-    tile_exp = scale_exponent(tl.max(micro, axis=1), E5M2)
+    TILES: tl.constexpr = held.shape[0]
     if LOCAL == "row":
-        byte = encode(y * pow2(-row_exp), E5M2)
+        word = pack_row(held * pow2(-row_exp), E5M2)
+    elif FOLD:  # the second rounding is the fold's: what is already in FP8 moves to the row's exponent
+        word = shift_words_down(held, (local - row_exp)[:, :, None], E5M2)
     else:
-        exponent = tile_exp[:, None, None] if LOCAL == "tile" else scale_exponent(micro, E5M2)[:, :, None]
-        byte = encode(y * pow2(-exponent), E5M2)
-        if FOLD:
-            # The second rounding is the fold's: what is already in FP8 moves to the row's exponent.
-            byte = encode(decode(byte, E5M2) * pow2(tl.maximum(exponent - row_exp, -126)), E5M2)
+        word = held
     column = first + columns_of(TILES)
-    tl.store(payload_ptr + row * cols + column, byte, mask=column < end)
+    tl.store(payload_ptr + row * cols + column, bytes_of(word), mask=column < end)
     tiles = (cols + 127) // 128
     tile = first // 128 + tl.arange(0, TILES)
     if FOLD or LOCAL == "row":
@@ -105,7 +136,7 @@ def store_piece(
     else:
         groups = (cols + 31) // 32
         group = (first // 32 + tl.arange(0, TILES)[:, None] * 4) + tl.arange(0, 4)[None, :]
-        tl.store(scale_ptr + row * groups + group, (scale_exponent(micro, E5M2) + 127).to(tl.uint8), mask=group < (end + 31) // 32)
+        tl.store(scale_ptr + row * groups + group, (local + 127).to(tl.uint8), mask=group < (end + 31) // 32)
 
 
 @triton.jit
@@ -115,20 +146,41 @@ def store_row_scale(scale_ptr, row, row_exp, LOCAL: tl.constexpr, FOLD: tl.const
         tl.store(scale_ptr + row, pow2(row_exp))
 
 
-def empty_rows(rows: int, cols: int, granularity: str, fold: str | None, fmt: Format, device: torch.device) -> ScaledTensor:
-    """An unwritten result of a row kernel: row, tile or micro granularity, or folded to rows."""
+@dataclass(frozen=True)
+class RowResult:
+    """What depends on a row kernel's options and width alone."""
+
+    granularity: str
+    """Of the result: row, tile or micro."""
+    tiles: int
+    """Tile exponents per row; 0 = the result has none."""
+    groups: int
+    """Scales per row."""
+    constants: dict[str, Any]
+    """The kernel's constexpr parameters and warps; shared, not to be changed."""
+
+
+def row_result(cols: int, granularity: str, fold: str | None, fmt: Format) -> RowResult:
+    """How a row of ``cols`` columns is quantised at ``granularity`` ("row", "tile" or "micro") and folded."""
+    return _row_result(cols, granularity, fold, fmt, plan_row(cols))
+
+
+@functools.cache
+def _row_result(cols: int, granularity: str, fold: str | None, fmt: Format, plan: RowPlan) -> RowResult:
     result = "row" if fold == "row" else granularity
-    payload = common.empty((rows, cols), torch.uint8, device).view(fmt.dtype)
-    scale = common.empty(scale_shape(rows, cols, result), torch.uint8 if result == "micro" else torch.float32, device)
-    tile_exponent = common.empty((rows, tiles_of(cols)), torch.uint8, device) if result == "row" else None
-    return ScaledTensor(payload, scale, result, tile_exponent=tile_exponent)
+    constants = {"BLOCK": plan.block, "TAIL": plan.tail, "LOCAL": granularity, "FOLD": fold == "row", "E5M2": is_e5m2(fmt), "num_warps": plan.warps}
+    return RowResult(result, tiles_of(cols) if result == "row" else 0, scale_shape(1, cols, result)[-1], constants)
 
 
-def row_arguments(q: ScaledTensor, granularity: str, fold: str | None) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-    """(output pointers, constants) that every row kernel takes."""
-    tile_exponent = q.scale if q.tile_exponent is None else q.tile_exponent  # never read when absent
-    pointers = (q.payload.view(torch.uint8), q.scale, tile_exponent)
-    return pointers, {"LOCAL": granularity, "FOLD": fold == "row", "E5M2": is_e5m2(q.format)}
+def empty_rows(rows: int, cols: int, r: RowResult, fmt: Format, device: torch.device) -> tuple[ScaledTensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """An unwritten result of a row kernel, and its payload, scales and tile exponents as the kernel takes them."""
+    payload = common.empty((rows, cols), torch.uint8, device)
+    if r.tiles:
+        scale = common.empty((rows,), torch.float32, device)
+        tile_exponent = common.empty((rows, r.tiles), torch.uint8, device)
+        return ScaledTensor(payload.view(fmt.dtype), scale, "row", tile_exponent), (payload, scale, tile_exponent)
+    scale = common.empty((rows, r.groups), torch.uint8 if r.granularity == "micro" else torch.float32, device)
+    return ScaledTensor(payload.view(fmt.dtype), scale, r.granularity), (payload, scale, scale)  # tile exponents are never written
 
 
 __all__ = [
@@ -137,11 +189,11 @@ __all__ = [
     "RowPlan",
     "columns_of",
     "empty_rows",
+    "hold_piece",
     "load_piece",
     "micro_amax",
     "plan_row",
-    "row_arguments",
-    "row_exponent",
+    "row_result",
     "store_piece",
     "store_row_scale",
 ]

@@ -14,29 +14,34 @@ from ..formats import E4M3, Format
 from ..reference.activation import swiglu, swiglu_backward
 from ..reference.quantize import _check_options
 from ..tensor import TILE, ScaledTensor, check_matrix
-from .common import check_device, check_not_empty, finite_or_nan, on_device
+from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
 from .launch import launch
 from .quantize import quantize
 from .rows import (
-    ELEMENTS_PER_THREAD,
     MAX_ROW,
     empty_rows,
+    hold_piece,
     load_piece,
     micro_amax,
     plan_row,
-    row_arguments,
-    row_exponent,
+    row_result,
     store_piece,
     store_row_scale,
 )
 
-BACKWARD_REGISTERS = 64
-"""Per thread, for rows that take 16 warps: with the 88 that the compiler would use only one program fits a multiprocessor. 0 = the compiler's choice."""
+# 1 / (1 + 2**(-x log2(e))) on the special-function unit. Flushing subnormals only matters to the result, where gates in (-88.7, -87.3) become silu = 0.
+_SIGMOID = tl.constexpr("""{
+.reg .f32 t;
+mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;
+}""")
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return tl.inline_asm_elementwise(_SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -50,6 +55,15 @@ def _swiglu_gradients(dy, gate, up):
     s = _sigmoid(gate)
     silu = gate * s
     return finite_or_nan(dy * up * (s + silu * (1.0 - s))), finite_or_nan(dy * silu)
+
+
+@triton.jit
+def _held_gradients(dy, gate, up, LOCAL: tl.constexpr, E5M2: tl.constexpr):
+    """`hold_piece` of dgate, then of dup."""
+    dgate, dup = _swiglu_gradients(dy, gate, up)
+    held_gate, gate_local, gate_tiles = hold_piece(dgate, micro_amax(dgate), LOCAL, E5M2)
+    held_up, up_local, up_tiles = hold_piece(dup, micro_amax(dup), LOCAL, E5M2)
+    return held_gate, gate_local, gate_tiles, held_up, up_local, up_tiles
 
 
 @triton.jit
@@ -73,14 +87,14 @@ def _swiglu_quantize_kernel(
         gate_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
         up_tail = load_piece(h_ptr + cols, BLOCK * 128, cols, TAIL)
     y = _swiglu(gate, up)
-    micro = micro_amax(y)
-    row_exp = row_exponent(micro, E5M2)
+    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
+    row_exp = tl.max(tile_exp, axis=0)
     if TAIL:
         y_tail = _swiglu(gate_tail, up_tail)
-        micro_tail = micro_amax(y_tail)
-        row_exp = tl.maximum(row_exp, row_exponent(micro_tail, E5M2))
-        store_piece(y_tail, micro_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(y, micro, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
+        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
+        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -101,7 +115,8 @@ def _swiglu_backward_quantize_kernel(
     """One row of 2 * cols gradients, cols a multiple of 128 so that no tile lies across the two halves."""
     row = tl.program_id(0).to(tl.int64)
     dy_ptr += row * cols
-    h_ptr += row * 2 * cols
+    width = 2 * cols
+    h_ptr += row * width
     dy = load_piece(dy_ptr, 0, cols, BLOCK)
     gate = load_piece(h_ptr, 0, cols, BLOCK)
     up = load_piece(h_ptr + cols, 0, cols, BLOCK)
@@ -109,22 +124,16 @@ def _swiglu_backward_quantize_kernel(
         dy_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL)
         gate_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
         up_tail = load_piece(h_ptr + cols, BLOCK * 128, cols, TAIL)
-    dgate, dup = _swiglu_gradients(dy, gate, up)
-    micro_gate, micro_up = micro_amax(dgate), micro_amax(dup)
-    row_exp = row_exponent(tl.maximum(micro_gate, micro_up), E5M2)
+    gate, gate_local, gate_tiles, up, up_local, up_tiles = _held_gradients(dy, gate, up, LOCAL, E5M2)
+    row_exp = tl.max(tl.maximum(gate_tiles, up_tiles), axis=0)
     if TAIL:
-        dgate_tail, dup_tail = _swiglu_gradients(dy_tail, gate_tail, up_tail)
-        gate_tail_micro, up_tail_micro = micro_amax(dgate_tail), micro_amax(dup_tail)
-        row_exp = tl.maximum(row_exp, row_exponent(tl.maximum(gate_tail_micro, up_tail_micro), E5M2))
+        tail, tail_local, gate_last, up_tail, up_end_local, up_last = _held_gradients(dy_tail, gate_tail, up_tail, LOCAL, E5M2)
+        row_exp = tl.maximum(row_exp, tl.max(tl.maximum(gate_last, up_last), axis=0))
         first = BLOCK * 128
-        store_piece(
-            dgate_tail, gate_tail_micro, row_exp, row, first, cols, 2 * cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2
-        )
-        store_piece(
-            dup_tail, up_tail_micro, row_exp, row, cols + first, 2 * cols, 2 * cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2
-        )
-    store_piece(dgate, micro_gate, row_exp, row, 0, cols, 2 * cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(dup, micro_up, row_exp, row, cols, 2 * cols, 2 * cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        store_piece(tail, tail_local, gate_last, row_exp, row, first, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        store_piece(up_tail, up_end_local, up_last, row_exp, row, cols + first, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(gate, gate_local, gate_tiles, row_exp, row, 0, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(up, up_local, up_tiles, row_exp, row, cols, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -142,11 +151,9 @@ def swiglu_quantize(h: torch.Tensor, granularity: str = "row", fmt: Format = E4M
     rows, cols = h.shape[0], h.shape[1] // 2
     if granularity not in ("row", "tile", "micro") or cols > MAX_ROW:
         return quantize(swiglu(h), granularity, fmt, fold=fold)
-    q = empty_rows(rows, cols, granularity, fold, fmt, h.device)
-    pointers, constants = row_arguments(q, granularity, fold)
-    plan = plan_row(cols)
-    with on_device(h):
-        launch(_swiglu_quantize_kernel, (rows,), h, *pointers, cols, BLOCK=plan.block, TAIL=plan.tail, **constants, num_warps=plan.warps)
+    r = row_result(cols, granularity, fold, fmt)
+    q, pointers = empty_rows(rows, cols, r, fmt, h.device)
+    launch(_swiglu_quantize_kernel, (rows,), h, *pointers, cols, **r.constants)
     return q
 
 
@@ -168,12 +175,9 @@ def swiglu_backward_quantize(
         raise ValueError(f"h must be [rows, 2F] for dy [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")
     if granularity not in ("row", "tile", "micro") or cols % TILE or 2 * cols > MAX_ROW:
         return quantize(swiglu_backward(dy, h), granularity, fmt, fold=fold)
-    q = empty_rows(rows, 2 * cols, granularity, fold, fmt, dy.device)
-    pointers, constants = row_arguments(q, granularity, fold)
-    plan = plan_row(cols, ELEMENTS_PER_THREAD // 2)
-    with on_device(dy):
-        constants |= {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
-        if BACKWARD_REGISTERS and plan.warps == 16:
-            constants["maxnreg"] = BACKWARD_REGISTERS
-        launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, **constants)
+    r = row_result(2 * cols, granularity, fold, fmt)
+    plan = plan_row(cols)  # each program takes the two halves of a row side by side
+    q, pointers = empty_rows(rows, 2 * cols, r, fmt, dy.device)
+    constants = {**r.constants, "BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
+    launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, **constants)
     return q
