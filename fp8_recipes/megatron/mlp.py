@@ -25,12 +25,14 @@ def active_recipe() -> Any:
     return recipe.qfactory.recipe if isinstance(recipe, FP8Recipe) else None
 
 
-def static_reason(mlp: Any) -> str | None:
-    """Why this MLP can never take the fused way, or None. Looks at configuration only, so the start-up report can print it."""
+def static_reason(mlp: Any, recipe: Any) -> str | None:
+    """Why this MLP can never take the fused way under ``recipe``, or None. Looks at configuration only, so the start-up report can print it."""
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
     checks = (
+        (recipe.folded, "the recipe keeps its fine scales (fold=none)"),
+        (recipe.weight_cache == "none", f"weight_cache={recipe.weight_cache} lives in TransformerEngine's modules"),
         (type(fc1) is TELayerNormColumnParallelLinear and type(fc2) is TERowParallelLinear, "its linears are not TransformerEngine's fused-norm pair"),
         (config.gated_linear_unit and config.activation_func is torch.nn.functional.silu, "its activation is not SwiGLU"),
         (not config.use_te_activation_func, "--use-te-activation-func"),
@@ -50,7 +52,7 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
     """`Options` if this call takes the fused way, else None."""
     recipe = active_recipe()
     extra = per_token_scale is not None or any(value is not None for value in kwargs.values())  # the layer passes padding_mask=None
-    if recipe is None or not recipe.folded or extra or static_reason(mlp) is not None:
+    if recipe is None or extra or static_reason(mlp, recipe) is not None:
         return None
     fc1 = mlp.linear_fc1
     first = None if fc1.disable_parameter_transpose_cache else fc1.is_first_microbatch

@@ -44,7 +44,7 @@ def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MLP):
-                reason = static_reason(module) if arguments.resolve(str(args.fp8_recipe)).folded else "the recipe keeps its fine scales (fold=none)"
+                reason = static_reason(module, arguments.resolve(str(args.fp8_recipe)))
                 reasons[reason] = reasons.get(reason, 0) + 1
     return [
         f"{count} MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" if reason is None else f"{count} MLPs: module by module: {reason}"

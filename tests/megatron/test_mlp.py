@@ -22,7 +22,7 @@ def fake_mlp(first=True):
 def active(monkeypatch):
     def set_recipe(name):
         monkeypatch.setattr(mlp_module, "active_recipe", lambda: None if name is None else from_name(name))
-        monkeypatch.setattr(mlp_module, "static_reason", lambda mlp: None)
+        monkeypatch.setattr(mlp_module, "static_reason", lambda mlp, recipe: None if recipe.folded and recipe.weight_cache == "none" else "recipe")
 
     return set_recipe
 
@@ -42,7 +42,7 @@ def test_first_microbatch_overwrites_and_later_ones_add(active):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "scale", "kwargs"), ((None, None, {}), ("moss_exact", None, {}), ("moss", object(), {}), ("moss", None, {"padding_mask": object()}))
+    ("recipe", "scale", "kwargs"), ((None, None, {}), ("moss_exact", None, {}), ("moss:weight_cache=row", None, {}), ("moss", object(), {}), ("moss", None, {"padding_mask": object()}))
 )
 def test_what_does_not_qualify_goes_through_the_modules(active, recipe, scale, kwargs):
     active(recipe)
