@@ -29,10 +29,12 @@ def static_reason(mlp: Any, recipe: Any) -> str | None:
     """Why this MLP can never take the fused way under ``recipe``, or None. Looks at configuration only, so the start-up report can print it."""
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
+    if not recipe.folded:
+        return "the recipe keeps its fine scales (fold=none)"
+    if recipe.weight_cache != "none":
+        return f"weight_cache={recipe.weight_cache} lives in TransformerEngine's modules"
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
     checks = (
-        (recipe.folded, "the recipe keeps its fine scales (fold=none)"),
-        (recipe.weight_cache == "none", f"weight_cache={recipe.weight_cache} lives in TransformerEngine's modules"),
         (type(fc1) is TELayerNormColumnParallelLinear and type(fc2) is TERowParallelLinear, "its linears are not TransformerEngine's fused-norm pair"),
         (config.gated_linear_unit and config.activation_func is torch.nn.functional.silu, "its activation is not SwiGLU"),
         (not config.use_te_activation_func, "--use-te-activation-func"),

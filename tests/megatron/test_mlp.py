@@ -42,7 +42,14 @@ def test_first_microbatch_overwrites_and_later_ones_add(active):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "scale", "kwargs"), ((None, None, {}), ("moss_exact", None, {}), ("moss:weight_cache=row", None, {}), ("moss", object(), {}), ("moss", None, {"padding_mask": object()}))
+    ("recipe", "scale", "kwargs"),
+    (
+        (None, None, {}),
+        ("moss_exact", None, {}),
+        ("moss:weight_cache=row", None, {}),
+        ("moss", object(), {}),
+        ("moss", None, {"padding_mask": object()}),
+    ),
 )
 def test_what_does_not_qualify_goes_through_the_modules(active, recipe, scale, kwargs):
     active(recipe)
