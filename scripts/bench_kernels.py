@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,11 +32,13 @@ from fp8_recipes.tensor import ScaledTensor
 SHAPES = [(8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016), (16384, 4096), (32768, 4096), (32768, 11008)]
 WEIGHTS = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)]
 PLANS = [TransposePlan(*p) for p in itertools.product((128, 256), (4, 8), (True, False), (False, True))]
+PER_THREAD = (32, 64, 128)
+"""Elements per thread of the row kernels that the sweep tries."""
 ALLOC: Any = import_module("fp8_recipes.kernels.common")
 ROWS: Any = import_module("fp8_recipes.kernels.rows")
 FOLD_TRANSPOSE: Any = import_module("fp8_recipes.kernels.fold_transpose")
-SWIGLU: Any = import_module("fp8_recipes.kernels.swiglu")
 Run = Callable[[int], object]
+Calls = dict[str, list[Callable[[], object]]]
 Table = list[dict[str, object]]
 ROTATE_BYTES = 160 << 20
 """Inputs rotate through at least this much, three times the L2."""
@@ -145,7 +146,7 @@ def check() -> bool:
     return failures == 0
 
 
-def measure(contenders: dict[str, list[Callable[[], object]]], rounds: int) -> dict[str, float]:
+def measure(contenders: Calls, rounds: int) -> dict[str, float]:
     """Median microseconds of each contender; each is a list of the same call on rotating inputs."""
     for calls in contenders.values():
         for call in calls[:2]:
@@ -205,7 +206,7 @@ def bench_activations(table: Table, rounds: int) -> None:
         size = rows * cols
         xs = [data(rows, cols, i) for i in range(rotations(2 * size))]
         qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
-        contenders: dict[str, list[Callable[[], object]]] = {"copy (3 bytes)": copy_calls(3 * size), "copy (2 bytes)": copy_calls(2 * size)}
+        contenders: Calls = {"copy (3 bytes)": copy_calls(3 * size), "copy (2 bytes)": copy_calls(2 * size)}
         contenders["quantize micro+fold"] = [partial(kernels.quantize, x, "micro", fold="row") for x in xs]
         contenders["quantize row"] = [partial(kernels.quantize, x, "row") for x in xs]
         contenders["fold_transpose"] = [partial(kernels.fold_transpose, q) for q in qs]
@@ -228,14 +229,14 @@ def bench_weights(table: Table, rounds: int) -> None:
     for rows, cols in WEIGHTS:
         size = rows * cols
         ws = [data(rows, cols, i) for i in range(rotations(2 * size))]
-        contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(3 * size)}
+        contenders: Calls = {"copy": copy_calls(3 * size)}
         contenders["quantize_weight"] = [partial(kernels.quantize_weight, w, amax, 1e-3) for w in ws]
         contenders["quantize_weight transpose"] = [partial(kernels.quantize_weight, w, amax, 1e-3, transpose=True) for w in ws]
         record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
 
 
 def bench_fused(table: Table, rounds: int) -> None:
-    for rows, cols in ((8192, 4096), (8192, 11008)):
+    for rows, cols in ((8192, 4096), (8192, 11008), (8192, 14336), (32768, 4096)):
         size = rows * cols
         hs, dys = [data(rows, 2 * cols, i) for i in range(2)], [data(rows, cols, i) for i in range(rotations(2 * size))]
         gamma = data(1, cols)[0]
@@ -251,51 +252,83 @@ def bench_fused(table: Table, rounds: int) -> None:
             record(table, (rows, cols), measure({"copy": copy_calls(moved), name: calls}, rounds), {"copy": moved, name: moved})
 
 
-def sweep(table: Table, rounds: int) -> None:
-    """Every plan of the transposes, elements per thread of the row kernels, registers of the wide gradient."""
-    for rows, cols in ((8192, 4096), (8192, 11008), (32768, 11008)):
-        size = rows * cols
-        qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
-        contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(2 * size)}
-        for plan in PLANS:
-            contenders[f"fold_transpose {plan_name(plan)}"] = [partial(kernels.fold_transpose, q, plan=plan) for q in qs]
-        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 2 * size))
-    amax = torch.tensor(4.0, device="cuda")
-    for rows, cols in ((22016, 4096), (4096, 11008)):
-        size = rows * cols
-        ws = [data(rows, cols, i) for i in range(rotations(2 * size))]
-        contenders = {"copy": copy_calls(3 * size)}
-        for plan in (replace(p, overlap=False) for p in PLANS if not p.overlap):
-            calls = [partial(FOLD_TRANSPOSE.quantize_given_transposed, w, amax, 1e-3, E4M3, plan) for w in ws]
-            contenders[f"quantize_weight transpose {plan_name(plan)}"] = list(calls)
-        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
-    for rows, cols in ((8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016)):
+def with_per_thread(per_thread: int, call: Callable[..., object], *args: Any, **options: Any) -> object:
+    with attribute(ROWS, "ELEMENTS_PER_THREAD", per_thread):
+        return call(*args, **options)
+
+
+def sweep_cases() -> Iterator[tuple[str, tuple[int, int], float, Calls]]:
+    """(operation, shape, bytes moved, setting -> calls)."""
+    calls: Calls
+    for rows, cols in ((8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016), (32768, 4096)):
         size = rows * cols
         xs = [data(rows, cols, i) for i in range(rotations(2 * size))]
-        contenders = {"copy": copy_calls(3 * size)}
-        for per_thread in (8, 16, 32, 64):
-            contenders[f"quantize micro+fold {per_thread}/thread"] = [partial(with_value, ROWS, per_thread, x) for x in xs]
-        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
-    sweep_backward(table, rounds)
+        for granularity, fold in (("micro", "row"), ("row", None)):
+            calls = {f"{n}/thread": [partial(with_per_thread, n, kernels.quantize, x, granularity, fold=fold) for x in xs] for n in PER_THREAD}
+            yield f"quantize {granularity}", (rows, cols), 3 * size, calls
+        if cols == 4096:
+            gamma = data(1, cols)[0]
+            options = {"granularity": "micro", "fold": "row"}
+            calls = {f"{n}/thread": [partial(with_per_thread, n, kernels.rmsnorm_quantize, x, gamma, **options) for x in xs] for n in PER_THREAD}
+            yield "rmsnorm_quantize", (rows, cols), 3 * size, calls
+        qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
+        plans = PLANS if (rows, cols) == (8192, 11008) else [p for p in PLANS if p.columns_first]
+        calls = {plan_name(plan): [partial(kernels.fold_transpose, q, plan=plan) for q in qs] for plan in plans}
+        yield "fold_transpose", (rows, cols), 2 * size, calls
+    for rows, cols in ((8192, 4096), (8192, 11008), (8192, 14336)):
+        hs, dys = [data(rows, 2 * cols, i) for i in range(2)], [data(rows, cols, i) for i in range(2)]
+        forward, backward = kernels.swiglu_quantize, kernels.swiglu_backward_quantize
+        calls = {f"{n}/thread": [partial(with_per_thread, n, forward, h, "micro", fold="row") for h in hs] for n in PER_THREAD}
+        yield "swiglu_quantize", (rows, cols), 5 * rows * cols, calls
+        for granularity, fold in (("micro", "row"), ("row", None)):
+            pairs = list(zip(dys, hs, strict=True))
+            calls = {f"{n}/thread": [partial(with_per_thread, n, backward, dy, h, granularity, fold=fold) for dy, h in pairs] for n in PER_THREAD}
+            yield f"swiglu_backward_quantize {granularity}", (rows, cols), 8 * rows * cols, calls
+    amax = torch.tensor(4.0, device="cuda")
+    for rows, cols in ((12288, 4096), (4096, 11008)):
+        ws = [data(rows, cols, i) for i in range(rotations(2 * rows * cols))]
+        calls = {}
+        for plan in (p for p in PLANS if not p.overlap):  # a single kernel, nothing to overlap with
+            calls[plan_name(plan)] = [partial(FOLD_TRANSPOSE.quantize_given_transposed, w, amax, 1e-3, E4M3, plan) for w in ws]
+        yield "quantize_weight transpose", (rows, cols), 3 * rows * cols, calls
 
 
-def sweep_backward(table: Table, rounds: int) -> None:
-    rows, cols = 8192, 11008
-    hs, dys = [data(rows, 2 * cols, i) for i in range(2)], [data(rows, cols, i) for i in range(2)]
-    contenders: dict[str, list[Callable[[], object]]] = {"copy": copy_calls(8 * rows * cols)}
-    for registers in (0, 64, 80):
-
-        def call(dy: torch.Tensor, h: torch.Tensor, registers: int = registers) -> None:
-            with attribute(SWIGLU, "BACKWARD_REGISTERS", registers):
-                kernels.swiglu_backward_quantize(dy, h, "micro", fold="row")
-
-        contenders[f"swiglu_backward_quantize {registers} registers"] = [partial(call, dy, h) for dy, h in zip(dys, hs, strict=True)]
-    record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 8 * rows * cols))
+def sweep(table: Table, rounds: int) -> None:
+    """Elements per thread of the row kernels and the transposes' plans: all in the table, the best three of each printed."""
+    for op, shape, nbytes, calls in sweep_cases():
+        times = measure({"copy": copy_calls(nbytes), **calls}, min(rounds, 8))
+        copy = times.pop("copy")
+        best = sorted(times, key=times.__getitem__)
+        for name in best:
+            table.append({"shape": f"{shape[0]}x{shape[1]}", "op": op, "setting": name, "us": round(times[name], 2), "of_copy": round(copy / times[name], 3)})
+        print(f"{shape[0]:>6}x{shape[1]:<6} {op:<31} " + "   ".join(f"{name} {times[name]:.1f} us {copy / times[name]:.0%}" for name in best[:3]))
 
 
-def with_value(module: Any, per_thread: int, x: torch.Tensor) -> None:
-    with attribute(module, "ELEMENTS_PER_THREAD", per_thread):
-        kernels.quantize(x, "micro", fold="row")
+def bench_host(table: Table, rounds: int) -> None:
+    """Microseconds that a call takes on the host: many calls on tensors so small that the GPU does not hold them up."""
+    x, h, amax = data(256, 512), data(256, 1024), torch.tensor(4.0, device="cuda")
+    q = kernels.quantize(x, "micro", fold="row")
+    calls: dict[str, Callable[[], object]] = {
+        "torch.empty": partial(torch.empty, (256, 512), dtype=torch.uint8, device="cuda"),
+        "quantize": partial(kernels.quantize, x, "micro", fold="row"),
+        "fold_transpose": partial(kernels.fold_transpose, q),
+        "quantize_weight": partial(kernels.quantize_weight, x, amax, 1e-3),
+        "quantize_weight transpose": partial(kernels.quantize_weight, x, amax, 1e-3, transpose=True),
+        "rmsnorm_quantize": partial(kernels.rmsnorm_quantize, x, x[0], granularity="micro", fold="row"),
+        "swiglu_quantize": partial(kernels.swiglu_quantize, h, "micro", fold="row"),
+        "swiglu_backward_quantize": partial(kernels.swiglu_backward_quantize, x, h, "micro", fold="row"),
+    }
+    for name, call in calls.items():
+        taken = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(100):
+                call()
+            taken.append((time.perf_counter() - begin) * 1e4)
+        us = statistics.median(taken)
+        table.append({"shape": "host", "op": name, "us": round(us, 2), "GB/s": "", "of_copy": ""})
+        print(f"{'host':>12}  {name:<44} {us:9.1f} us")
 
 
 def plan_name(plan: TransposePlan) -> str:
@@ -321,7 +354,7 @@ def main() -> None:
     if args.sweep:
         sweep(tables.setdefault("kernels_sweep", []), args.rounds)
     if args.bench or everything:
-        for bench in (bench_activations, bench_weights, bench_fused):
+        for bench in (bench_activations, bench_weights, bench_fused, bench_host):
             bench(tables.setdefault("kernels_bench", []), args.rounds)
     for name, table in tables.items():
         if args.csv:

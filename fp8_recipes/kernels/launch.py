@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import IS_INTERPRETED
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 _INT32 = 2**31
 
 
@@ -44,6 +44,11 @@ def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
     return key, values
 
 
+def _active(hook: Any) -> Any:
+    """A profiler's launch hook, or None: Triton calls even an empty chain of hooks, and gathers arguments for it."""
+    return hook if getattr(hook, "calls", hook) else None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """``kernel[grid](*args, **constants)`` on the device of the first argument (a tensor or a tensor descriptor).
 
@@ -58,16 +63,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         with torch.cuda.device(wanted):
             launch(kernel, grid, *args, **constants)
         return
-    key, values = _specialize(args)
-    known = _compiled.get((kernel, device, *key, *constants.items()))
+    specialization, values = _specialize(args)
+    key = (id(kernel), device, *specialization, *constants.items())  # the kernel's own hash takes a lock and a Python call
+    known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*args, **constants)
-        trailing = tuple(constants[p.name] for p in kernel.params[len(args) :])
-        _compiled[(kernel, device, *key, *constants.items())] = compiled, trailing
+        _compiled[key] = kernel, compiled, tuple(constants[p.name] for p in kernel.params[len(args) :])
         return
-    compiled, trailing = known
+    _, compiled, trailing = known
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    metadata = None if enter is None else compiled.launch_metadata((x, y, z), stream, *args, *trailing)
+    enter, leave = _active(knobs.runtime.launch_enter_hook), _active(knobs.runtime.launch_exit_hook)
+    metadata = None if enter is None and leave is None else compiled.launch_metadata((x, y, z), stream, *args, *trailing)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values, *trailing)

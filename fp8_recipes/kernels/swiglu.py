@@ -29,6 +29,9 @@ from .rows import (
     store_row_scale,
 )
 
+WIDE_REGISTERS = 128
+"""Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor. The compiler would take a few more and one fits."""
+
 # 1 / (1 + 2**(-x log2(e))) on the special-function unit. Flushing subnormals only matters to the result, where gates in (-88.7, -87.3) become silu = 0.
 _SIGMOID = tl.constexpr("""{
 .reg .f32 t;
@@ -176,8 +179,10 @@ def swiglu_backward_quantize(
     if granularity not in ("row", "tile", "micro") or cols % TILE or 2 * cols > MAX_ROW:
         return quantize(swiglu_backward(dy, h), granularity, fmt, fold=fold)
     r = row_result(2 * cols, granularity, fold, fmt)
-    plan = plan_row(cols)  # each program takes the two halves of a row side by side
     q, pointers = empty_rows(rows, 2 * cols, r, fmt, dy.device)
+    plan = plan_row(cols)  # each program takes the two halves of a row side by side
     constants = {**r.constants, "BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
+    if plan.warps == 8 and granularity != "row":
+        constants["maxnreg"] = WIDE_REGISTERS
     launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, cols, **constants)
     return q

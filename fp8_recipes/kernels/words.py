@@ -41,9 +41,13 @@ mul.rn.f16x2 a, a, f; mul.rn.f16x2 b, b, f;
 cvt.rn.satfinite.e4m3x2.f16x2 l, a; cvt.rn.satfinite.e4m3x2.f16x2 h, b;
 mov.b32 $0, {l, h};
 }"""
+# From the exponent, not from two factors: with two more operands the compiler moves the words to the factors' layout instead of the other way round.
 _SHIFT_DOWN_E5M2 = """{
-.reg .b16 l, h; .reg .b32 a, b, f, g;
-mov.b32 {l, h}, $1; cvt.rn.f16x2.f32 f, $2, $2; cvt.rn.f16x2.f32 g, $3, $3;
+.reg .b16 l, h; .reg .b32 a, b, f, g; .reg .s32 p, q; .reg .f32 u, v;
+max.s32 p, $2, -17; sub.s32 q, $2, p; max.s32 q, q, -17;
+shl.b32 p, p, 23; add.s32 p, p, 0x3F800000; shl.b32 q, q, 23; add.s32 q, q, 0x3F800000;
+mov.b32 u, p; mov.b32 v, q; cvt.rn.f16x2.f32 f, u, u; cvt.rn.f16x2.f32 g, v, v;
+mov.b32 {l, h}, $1;
 cvt.rn.f16x2.e5m2x2 a, l; cvt.rn.f16x2.e5m2x2 b, h;
 mul.rn.f16x2 a, a, f; mul.rn.f16x2 b, b, f;
 mul.rn.f16x2 a, a, g; mul.rn.f16x2 b, b, g;
@@ -117,9 +121,7 @@ def shift_words_down(word, shift, E5M2: tl.constexpr):
     if INTERPRETED:
         return _shift_portable(word, shift, E5M2)
     elif E5M2:  # everything is flushed at 2**-33; a factor of 2**-17 at most keeps the first product above f16's smallest subnormal
-        first = tl.maximum(shift, -17)
-        second = tl.maximum(shift - first, -17)
-        return tl.inline_asm_elementwise(SHIFT_DOWN_E5M2, "=r,r,f,f", [word, pow2(first), pow2(second)], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(SHIFT_DOWN_E5M2, "=r,r,r", [word, shift], dtype=tl.int32, is_pure=True, pack=1)
     else:  # 2**-24, the smallest f16, flushes everything
         return tl.inline_asm_elementwise(SHIFT_DOWN_E4M3, "=r,r,f", [word, pow2(tl.maximum(shift, -24))], dtype=tl.int32, is_pure=True, pack=1)
 

@@ -40,6 +40,22 @@ def test_quantize(device, shape, granularity, fold, fmt):
 
 
 @formats
+@pytest.mark.parametrize("granularity", ["micro", "tile"])
+def test_every_code_and_fold(device, fmt, granularity):
+    """256 codes x 42 folds: each group holds codes and, so that its scale is one, the largest; the first group sets the row's scale."""
+    width = 32 if granularity == "micro" else 128
+    codes = all_codes().view(fmt.dtype).float()
+    groups = torch.nn.functional.pad(codes, (0, -256 % (width - 1))).view(-1, width - 1)
+    row = torch.cat([torch.full((1, width), fmt.max), torch.nn.functional.pad(groups, (1, 0), value=fmt.max)]).view(-1)
+    x = row.repeat(42, 1)
+    x[:, :width] *= pow2(torch.arange(42, dtype=torch.int32))[:, None]
+    x = x.bfloat16().to(device)
+    q = quantize.quantize(x, granularity, fmt, fold="row")
+    assert_bitwise(q, reference.quantize(x, granularity, fmt, fold="row"))
+    assert torch.equal(q.scale.cpu(), pow2(torch.arange(42, dtype=torch.int32)))
+
+
+@formats
 def test_ragged_blocks(device, fmt):
     x = nasty(130, 200, device)
     assert_bitwise(quantize.quantize(x, "block", fmt), reference.quantize(x, "block", fmt))
