@@ -2,8 +2,11 @@
 
 A row is cut into a *block* and, if that leaves a remainder, a smaller *tail*: both powers of two (Triton's tensors must be), so that 11008 columns cost
 8192 + 4096 lanes and not 16384. Each is a [tiles, 4, 32] tensor: 128-column tiles of four 32-column micro groups, so that both kinds of group are
-reductions along an axis and need no data movement. `load_piece`, `micro_amax` and `store_piece` are the three steps; quantize, rmsnorm and swiglu differ
-only between the first two.
+reductions along an axis and need no data movement. `load_piece`, `micro_amax`, `hold_piece` and `store_piece` are the four steps; quantize, rmsnorm and
+swiglu differ only between the first two.
+
+What limits these kernels is registers and instructions, not arithmetic units: how many rows a multiprocessor has in flight, and how many instructions it
+issues per byte. So what waits for the row's maximum is held as FP8 words where the granularity allows it, and a fold shifts four values per word.
 """
 
 from __future__ import annotations
