@@ -180,6 +180,7 @@ def te_calls(xs: list[torch.Tensor]) -> dict[str, list[Callable[[], object]]]:
     """TransformerEngine's casts with transposed copy: current scaling (amax, then cast) and delayed (cast with a given scale)."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {}
+    import transformer_engine.pytorch  # noqa: F401  # loads the extension that the next line names
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 

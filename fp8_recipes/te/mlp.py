@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformer_engine.pytorch  # noqa: F401  # loads the extension that the next line names
 import transformer_engine_torch as tex
 
 from .. import ops
