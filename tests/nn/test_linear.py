@@ -309,3 +309,27 @@ def test_bad_input_is_named() -> None:
         convert(torch.nn.ReLU(), "moss")
     with pytest.raises(RecipeError, match="did you mean moss"):
         Linear(16, 16, recipe="mos")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FP8)
+@pytest.mark.parametrize("shape", [(256, 384, 512), (T, K, N)])
+def test_gpu_forward_and_gradients(name: str, shape: tuple[int, int, int]) -> None:
+    t, k, n = shape
+    x, w, b, dy = (v.cuda().bfloat16() for v in (normal(t, k, seed=90), normal(n, k, seed=91), normal(n, seed=92), normal(t, n, seed=93)))
+    y, dx, dw, db = run(x, w, b, dy, name)
+    expected = truth(x, w, dy)
+    assert min(snr(y, expected[0] + b), snr(dx, expected[1]), snr(dw, expected[2])) > 27.5
+    torch.testing.assert_close(db.float(), dy.float().sum(0), rtol=1e-2, atol=1e-1)
+    weight = w.clone().requires_grad_()
+    weight.main_grad = torch.zeros(n, k, device="cuda")  # type: ignore[attr-defined]
+    for _ in range(2):
+        fp8_linear(x, weight, recipe=from_name(name)).backward(dy)
+    assert weight.grad is None and snr(weight.main_grad, 2 * expected[2]) > 27.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+def test_gpu_refuses_unaligned_extents_before_any_kernel() -> None:
+    w = torch.ones(32, 64, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="tokens to be a multiple of 16, got 40"):
+        fp8_linear(torch.ones(2, 20, 64, device="cuda", dtype=torch.bfloat16), w, recipe=from_name("moss"))
