@@ -272,15 +272,15 @@ def bench_one(kind: str, m: int, n: int, k: int) -> Rows:
         linear = [(a, ScaledTensor(b.payload, b.scale[0].clone(), "tensor")) for a, b in sets]  # as fprop has it: row x tensor
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
         contenders |= {"ours fast": ours(linear), "ours split": ours(linear, promote=1024)}
-        contenders |= {f"triton bf16 promote {p}": ours(sets, out=out, promote=p) for p in (0, 1024)}
-        peers = {"ours fast": "cublas fast", "ours split": "cublas split", "triton bf16 promote 0": "cublas fast", "triton bf16 promote 1024": "cublas split"}
+        contenders |= {f"ours into out, {name}": ours(sets, out=out, promote=p) for name, p in (("fast", 0), ("split", 1024))}
+        peers = {name: "cublas fast" if name.endswith("fast") else "cublas split" for name in contenders if name.startswith("ours")}
     else:
         grad = torch.zeros(m, n, device="cuda")
         contenders["cublas split + add"] = split_then_add(sets, grad)
         if importlib.util.find_spec("transformer_engine"):
             contenders["transformer_engine"] = te_wgrad(m, n, k, grad)
-        contenders |= {f"ours promote {p}": ours(sets, out=grad, accumulate=True, promote=p) for p in (0, 1024, 2048, 4096)}
-        peers = {name: "cublas fast" if name.endswith(" 0") else "cublas split" for name in contenders if name not in ("bf16", "cublas fast")}
+        contenders |= {f"ours {name}": ours(sets, out=grad, accumulate=True, promote=p) for name, p in (("fast", 0), ("split", 1024))}
+        peers = {name: "cublas fast" if name.endswith("fast") else "cublas split" for name in contenders if name not in ("bf16", "cublas fast")}
     result = timed(contenders)
     return [
         {"kind": kind, "shape": f"{m}x{n}x{k}", "contender": name, "ms": ms, "tflops": 2e-9 * m * n * k / ms,
