@@ -9,7 +9,6 @@ what our products want).
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
 import sys
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 
 from ..recipe import RecipeError
+from ..te.shims import replace
 from . import arguments
 
 SUPPORTED = ((0, 19), (0, 20))
 """Megatron-Core versions [from, to) that the shims were tried with (0.19.2)."""
-_MARK = "_fp8_recipes_original"
 _STAND_IN = "fused_weight_gradient_mlp_cuda"
 
 
@@ -77,16 +76,6 @@ def install() -> None:
     from .weight_scaling_hook import install as install_weight_scaling
 
     install_weight_scaling()
-
-
-def replace(module: Any, name: str, wrapper: Any) -> None:
-    """Put ``wrapper(original)`` in place of ``module.name`` unless that was done before."""
-    original = getattr(module, name)
-    if hasattr(original, _MARK):
-        return
-    replacement = functools.wraps(original)(wrapper(original))
-    setattr(replacement, _MARK, original)
-    setattr(module, name, replacement)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------------------------------------------

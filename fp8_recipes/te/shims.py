@@ -36,7 +36,7 @@ def install() -> None:
     _stateless_checkpoint()
 
 
-def _replace(module: Any, name: str, wrapper: Any) -> None:
+def replace(module: Any, name: str, wrapper: Any) -> None:
     """Put ``wrapper(original)`` in place of ``module.name`` unless that was done before."""
     original = getattr(module, name)
     if hasattr(original, _MARK):
@@ -92,7 +92,7 @@ def _own_products() -> None:
 
         return custom_gemm
 
-    _replace(gemm, "custom_gemm", wrapper)
+    replace(gemm, "custom_gemm", wrapper)
 
 
 def _into(y: Any, out: Any, accumulate: bool) -> Any:
@@ -119,7 +119,7 @@ def _bias_gradient() -> None:
 
         return bgrad_quantize
 
-    _replace(tex, "bgrad_quantize", wrapper)
+    replace(tex, "bgrad_quantize", wrapper)
 
 
 def _fused_swiglu() -> None:
@@ -152,8 +152,8 @@ def _fused_swiglu() -> None:
 
         return _get_quantizers
 
-    _replace(layernorm_mlp, "_act_func", wrapper)
-    _replace(layernorm_mlp.LayerNormMLP, "_get_quantizers", tell_bias)
+    replace(layernorm_mlp, "_act_func", wrapper)
+    replace(layernorm_mlp.LayerNormMLP, "_get_quantizers", tell_bias)
 
 
 def _stateless_checkpoint() -> None:
