@@ -13,6 +13,7 @@ A storage cached over microbatches survives `prepare_for_saving`: the copy that 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .. import ops
 from ..nn import products
 from ..recipe import Recipe
 from ..tensor import ScaledTensor
+from ..weight_scaling import ATTRIBUTE
 
 
 class _Storage(QuantizedTensorStorage):
@@ -152,6 +154,12 @@ class FP8Quantizer(Quantizer):
         if out is not None:
             return self.update_quantized(tensor, out)
         if self.tensor_type == "weight":
+            if self.recipe.weight_scale == "predicted" and not hasattr(tensor, ATTRIBUTE):
+                warnings.warn(
+                    f"recipe {self.recipe.name}: this weight is not under automatic scaling, so its maximum is measured at every use; "
+                    "call fp8_recipes.te.automatic_scaling(model, optimizer) once, or choose weight_scale=measured",
+                    stacklevel=2,
+                )
             operand = products.weight_operand(tensor, self.recipe)
             return QuantizedWeight(operand, self, tensor.shape, dtype or tensor.dtype)
         x = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()

@@ -88,3 +88,46 @@ def test_factory_by_role():
     assert isinstance(factory(None), IdentityQuantizer)
     with pytest.raises(RecipeError, match="GroupedLinear"):
         factory(QuantizerRole(module_type="grouped_linear", tensor_type="input"))
+
+
+def test_an_untracked_weight_is_announced_and_a_tracked_one_is_not(recwarn):
+    """`moss` predicts weight scales; a model that was never put under automatic scaling runs measured, and says so."""
+    _te_or_skip()
+    import torch
+
+    from fp8_recipes import from_name
+    from fp8_recipes.te.quantizers import FP8Quantizer, QuantizedWeight
+    from fp8_recipes.weight_scaling import WeightScaling
+
+    quantizer = FP8Quantizer(from_name("moss"), "weight")
+    weight = torch.nn.Parameter(torch.randn(32, 32))
+    with pytest.warns(UserWarning, match="automatic_scaling"):
+        assert isinstance(quantizer.quantize(weight), QuantizedWeight)
+    WeightScaling().track(weight)
+    recwarn.clear()
+    quantizer.quantize(weight)
+    FP8Quantizer(from_name("row"), "weight").quantize(torch.nn.Parameter(torch.randn(32, 32)))
+    assert not recwarn.list
+
+
+def test_storages_survive_being_saved():
+    """The saved copy is emptied, the original kept: a weight cached over microbatches is saved by every one of them."""
+    _te_or_skip()
+    import torch
+
+    from fp8_recipes import from_name, ops
+    from fp8_recipes.te.quantizers import FP8Quantizer
+
+    x, w = torch.randn(32, 64), torch.nn.Parameter(torch.randn(16, 64))
+    for q in (FP8Quantizer(from_name("row"), "input").quantize(x), FP8Quantizer(from_name("row"), "weight").quantize(w)):
+        before = q.dequantize()
+        tensors, saved = q.prepare_for_saving()
+        assert torch.equal(q.dequantize(), before)
+        rest = saved.restore_from_saved([*tensors, before])
+        assert len(rest) == 1 and rest[0] is before
+        assert torch.equal(saved.dequantize(), before)
+    released = FP8Quantizer(from_name("row"), "grad_output").quantize(x)
+    payload = released.release()
+    assert torch.equal(ops.dequantize(payload), ops.dequantize(ops.quantize(x, "row")))
+    with pytest.raises(RuntimeError, match="released"):
+        released.operand()
