@@ -1,0 +1,351 @@
+"""Grouped FP8 products: the rows of all experts in one buffer, one launch for all of them, sizes read on the device.
+
+Every expert's group starts on a multiple of 128 rows, so a tile of 128 rows belongs to one expert, and so does a block of 128 along wgrad's contraction.
+fprop and dgrad: the tile looks its expert up in ``block_expert`` and reads that expert's part of B through one descriptor over all experts [E * N, K]. wgrad:
+the tiles of an expert walk over that expert's rows, ``offsets[e] .. offsets[e + 1]``. No pointer tables, no copies to the host, no launch per expert.
+
+The kernels are the persistent GEMM of `kernels.gemm` (same tile order within a group, same promotion, same epilogue): one flat loop over the K blocks of all
+tiles of a program, in which only the branch that starts a tile differs. Which tile a program computes is fixed by its number, and every element of the result
+is written, or added to, exactly once: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..reference.grouped import GroupedTensor, check_grouped_gemm, check_grouped_wgrad
+from ..tensor import TILE, ScaledTensor
+from . import common
+from .common import cdiv, check_device, next_power_of_2
+from .gemm import _ALIGNMENT, _multiprocessors, _tile_origin, _write
+from .gemm_configs import BLOCK_K, GemmConfig
+from .launch import launch
+
+
+@dataclass(frozen=True)
+class GroupedConfig(GemmConfig):
+    """`GemmConfig` with ``resident``, the programs per multiprocessor: with two, one computes while the other writes its tile."""
+
+    resident: int = 1
+
+
+WIDE = GroupedConfig(128, 256, stages=3, subtiles=4)
+SMALL = GroupedConfig(128, 128, stages=5, subtiles=2)
+_RATE = {WIDE: 1.0, SMALL: 0.9}
+"""Speed of each tile while the device is full, relative to the best; scripts/bench_grouped.py --sweep measures it."""
+
+
+@triton.jit
+def _used_blocks(block_expert_ptr, blocks, CHUNK: tl.constexpr):
+    """Number of used blocks: used ones come first, so it is also where the unused ones begin."""
+    used = 0
+    for first in range(0, blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        used += tl.sum((tl.load(block_expert_ptr + block, mask=block < blocks, other=-1) >= 0).to(tl.int32))
+    return used
+
+
+@triton.jit(do_not_specialize=["K"])
+def _grouped_gemm_kernel(
+    a_desc,  # [rows, K] FP8
+    b_desc,  # [E * N, K] FP8
+    out_desc,  # [rows, N] bf16 or fp32; None when its alignment rules TMA out
+    out_ptr,
+    scale_a_ptr,  # [rows] fp32
+    scale_b_ptr,  # [E] or [E, N] fp32
+    block_expert_ptr,  # [rows / 128] int32
+    rows,
+    N,
+    K,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # divides 128
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    PROMOTE: tl.constexpr,  # K blocks between promotions, 0 = never
+    STRIDE_B: tl.constexpr,  # 1: one scale per output feature; 0: one per expert
+    STORE: tl.constexpr,
+):
+    tiles_m = _used_blocks(block_expert_ptr, rows // 128, 1024) * (128 // BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    scales_b = N if STRIDE_B == 1 else 1
+    mine = tl.cdiv(tiles_m * tiles_n - tl.program_id(0), PROGRAMS)
+    tile = tl.program_id(0) - PROGRAMS
+    m0 = 0
+    row_b = 0
+    k = -1
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PROMOTE > 1:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One loop over the K blocks of all tiles: the loads of the next tile are issued before the epilogue of this one.
+    for _ in range(mine * blocks_k):
+        k = tl.where(k == blocks_k - 1, 0, k + 1)
+        if k == 0:
+            tile += PROGRAMS
+            m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
+            row_b = tl.load(block_expert_ptr + m0 // 128) * N + n0
+        a = a_desc.load([m0, k * BLOCK_K])
+        # Where BLOCK_N does not divide N this reads some rows of the next expert; their columns of the result lie beyond N and are not written.
+        b = b_desc.load([row_b, k * BLOCK_K])
+        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+        if PROMOTE == 1:  # noqa: SIM108
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(a, b.T, acc)
+        if k == blocks_k - 1:
+            if PROMOTE > 1:
+                acc += total
+            expert = row_b // N  # computed again: one register less across the loop
+            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr + expert * scales_b, None, m0, row_b - expert * N, rows, N,
+                   BLOCK_M, BLOCK_N, SUBTILES, 1, STRIDE_B, STORE, False)  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if PROMOTE > 1:
+                total = acc
+        elif PROMOTE > 1 and (k + 1) % PROMOTE == 0:
+            total += acc
+            acc -= acc  # zero, at half the instructions that the compiler spends on a constant one
+
+
+@triton.jit
+def _tiles_below(bound, PROGRAMS: tl.constexpr):
+    """How many of this program's tiles have a number below ``bound``."""
+    return (bound - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS
+
+
+@triton.jit(do_not_specialize=["N"])
+def _grouped_wgrad_kernel(
+    a_desc,  # [N, rows] FP8
+    b_desc,  # [K, rows] FP8
+    out_desc,  # [E * N, K] fp32 or bf16; None when TMA cannot write it
+    out_ptr,
+    scale_a_ptr,  # [E, N] fp32
+    scale_b_ptr,  # [E, K] fp32
+    offsets_ptr,  # [E + 1] int32
+    experts,
+    rows,
+    N,
+    K,
+    EXPERTS: tl.constexpr,  # power of two >= experts
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides 128
+    GROUP: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    STORE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    per_expert = tiles_m * tiles_n
+    # An expert without rows counts as one block, read beyond the end of the buffer, where TMA reads zeros.
+    e = tl.arange(0, EXPERTS)
+    first = tl.load(offsets_ptr + e, mask=e < experts, other=0)
+    beyond = tl.load(offsets_ptr + e + 1, mask=e < experts, other=0)
+    blocks = tl.where(e < experts, tl.maximum((beyond - first) // BLOCK_K, 1), 0)
+    steps = tl.sum(blocks * (_tiles_below((e + 1) * per_expert, PROGRAMS) - _tiles_below(e * per_expert, PROGRAMS)))
+    tile = tl.program_id(0) - PROGRAMS
+    m0 = 0
+    n0 = 0
+    expert = 0
+    row = 0
+    k = 0
+    last = 0
+    finish = 0  # the block after which the tile is written: the last one, or none
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PROMOTE > 1:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(steps):
+        k = tl.where(k == last, 0, k + 1)
+        if k == 0:
+            tile += PROGRAMS
+            expert = tile // per_expert
+            m0, n0 = _tile_origin(tile % per_expert, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
+            start = tl.load(offsets_ptr + expert)
+            stop = tl.load(offsets_ptr + expert + 1)
+            empty = start == stop
+            row = tl.where(empty, rows, start)
+            last = tl.maximum((stop - start) // BLOCK_K, 1) - 1
+            # Nothing to add: the product of zeros leaves the accumulator at zero for the next tile. (A branch around the epilogue would stall the products.)
+            finish = tl.where(empty, -1, last) if ACCUMULATE else last
+        a = a_desc.load([m0, row + k * BLOCK_K])
+        b = b_desc.load([n0, row + k * BLOCK_K])
+        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N], contraction over rows
+        if PROMOTE == 1:  # noqa: SIM108
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(a, b.T, acc)
+        if k == finish:
+            if PROMOTE > 1:
+                acc += total
+            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr + expert * K, None, expert * N + m0, n0, (expert + 1) * N, K,
+                   BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if PROMOTE > 1:
+                total = acc
+        elif PROMOTE > 1 and (k + 1) % PROMOTE == 0:
+            total += acc
+            acc -= acc
+
+
+def _check_operands(operands: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], out_dtype: torch.dtype, promote: int) -> None:
+    """What TMA and the kernels ask of operands whose shapes have been checked."""
+    for name, payload in operands.items():
+        check_device(payload, name)
+        if not payload.is_contiguous():
+            raise ValueError(f"{name} of strides {payload.stride()} is not contiguous; call .contiguous()")
+        if payload.shape[-1] % _ALIGNMENT or payload.numel() == 0:
+            raise ValueError(f"{name} of shape {tuple(payload.shape)} must end in a positive multiple of {_ALIGNMENT}, which TMA needs; pad K with zeros")
+        if payload.data_ptr() % _ALIGNMENT:
+            raise ValueError(f"{name} starts at address {payload.data_ptr():#x}, not a multiple of {_ALIGNMENT}; use .clone() of the view")
+    for name, scale in scales.items():
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {scale.dtype}")
+        if not scale.is_contiguous():
+            raise ValueError(f"{name} of strides {scale.stride()} is not contiguous; call .contiguous()")
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"the result must be bfloat16 or float32, got {out_dtype}")
+    if promote < 0 or promote % BLOCK_K:
+        raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {BLOCK_K}")
+    devices = {t.device for t in (*operands.values(), *scales.values())}
+    if len(devices) > 1:
+        raise ValueError(f"operands, scales and out must be on one device, got {sorted(map(str, devices))}")
+
+
+def _takes_tma(out: torch.Tensor, cols: int) -> bool:
+    return out.data_ptr() % _ALIGNMENT == 0 and cols * out.element_size() % _ALIGNMENT == 0
+
+
+def select_config(m: int, n: int, programs: int) -> GroupedConfig:
+    """The tile with the smallest estimated time for ``m`` rows of results, ``n`` wide, of all experts together: waves * tile area / rate."""
+
+    def time(config: GroupedConfig) -> float:
+        waves = cdiv(cdiv(m, config.block_m) * cdiv(n, config.block_n), programs)
+        return waves * config.block_m * config.block_n / _RATE[config]
+
+    return min(_RATE, key=time)
+
+
+def grouped_gemm(
+    a: ScaledTensor,
+    b: GroupedTensor,
+    block_expert: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    promote: int = 0,
+    config: GroupedConfig | None = None,
+) -> torch.Tensor:
+    """``y[m, n] = scale_a[m] * scale_b[e, n] * sum_k a[m, k] b[e, n, k]``, e = block_expert[m // 128]. Kernel twin of `reference.grouped.grouped_gemm`.
+
+    a: [rows, K], row scales. b: [E, N, K], scale [E] or [E, N]. E4M3 or E5M2 (also mixed); K a multiple of 16, any N. block_expert: int32 [rows / 128] on
+    the device; unused blocks (-1) come last. out: [rows, N] bf16 or fp32, new (of ``out_dtype``) unless given.
+    Rows of unused blocks are left unwritten (a new result holds whatever was in memory there); padding rows of used blocks come out zero.
+    promote: longest distance along K, a multiple of 128, between promotions of the accumulator to FP32; 0 = no limit. config: for benchmarks.
+    """
+    check_grouped_gemm(a, b, block_expert, out)
+    scales = {"the scale of a": a.scale, "the scale of b": b.scale}
+    _check_operands({"a": a.payload, "b": b.payload}, scales, out_dtype if out is None else out.dtype, promote)
+    rows, k = a.shape
+    experts, n = b.payload.shape[:2]
+    out = common.empty((rows, n), out_dtype, a.device) if out is None else out
+    programs = _multiprocessors(a.device)
+    config = select_config(rows, n, programs) if config is None else config
+    if TILE % config.block_m:
+        raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
+    by_tma = _takes_tma(out, n)
+    programs = min(programs * config.resident, cdiv(rows, config.block_m) * cdiv(n, config.block_n))
+    launch(
+        _grouped_gemm_kernel,
+        (programs,),
+        TensorDescriptor.from_tensor(a.payload, [config.block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(b.payload.view(experts * n, k), [config.block_n, BLOCK_K]),
+        TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
+        out,
+        a.scale,
+        b.scale,
+        block_expert,
+        rows,
+        n,
+        k,
+        PROGRAMS=programs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=BLOCK_K,
+        GROUP=config.group,
+        SUBTILES=config.subtiles,
+        PROMOTE=promote // BLOCK_K if promote < k else 0,
+        STRIDE_B=int(b.scale.dim() == 2),
+        STORE="tma" if by_tma else "pointer",
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def grouped_wgrad(
+    a_t: GroupedTensor,
+    b_t: GroupedTensor,
+    offsets: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    accumulate: bool = False,
+    promote: int = 0,
+    config: GroupedConfig | None = None,
+) -> torch.Tensor:
+    """``out[e] (+)= scale_a[e, :, None] * scale_b[e] * (a_t[:, rows of e] @ b_t[:, rows of e]^T)``. Kernel twin of `reference.grouped.grouped_wgrad`.
+
+    a_t: [N, rows], b_t: [K, rows], scales [E, N] and [E, K] (`grouped_fold_transpose`), E4M3 or E5M2 (also mixed). offsets: int32 [E + 1] on the device,
+    multiples of 128. out: [E, N, K] fp32 or bf16 (main_grad), overwritten or, with accumulate=True, added to (in fp32, rounded once).
+    Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
+    """
+    check_grouped_wgrad(a_t, b_t, offsets, out)
+    _check_operands({"a_t": a_t.payload, "b_t": b_t.payload}, {"the scale of a_t": a_t.scale, "the scale of b_t": b_t.scale}, out.dtype, promote)
+    if out.device != a_t.device:
+        raise ValueError(f"out is on {out.device}, the operands are on {a_t.device}; keep them together")
+    experts, n, k = out.shape
+    rows = a_t.payload.shape[1]
+    programs = _multiprocessors(a_t.device)
+    config = select_config(experts * n, k, programs) if config is None else config
+    # A TMA box that crosses an expert's last output row would write into the next expert.
+    by_tma = _takes_tma(out, k) and n % config.block_m == 0
+    store = "tma" if by_tma else "pointer"
+    if accumulate and out.dtype == torch.float32 and config.store != "add":
+        store = config.store if by_tma else "atomic"
+    programs = min(programs * config.resident, experts * cdiv(n, config.block_m) * cdiv(k, config.block_n))
+    launch(
+        _grouped_wgrad_kernel,
+        (programs,),
+        TensorDescriptor.from_tensor(a_t.payload, [config.block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(b_t.payload, [config.block_n, BLOCK_K]),
+        TensorDescriptor.from_tensor(out.view(experts * n, k), [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
+        out,
+        a_t.scale,
+        b_t.scale,
+        offsets,
+        experts,
+        rows,
+        n,
+        k,
+        EXPERTS=next_power_of_2(experts),
+        PROGRAMS=programs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=BLOCK_K,
+        GROUP=config.group,
+        SUBTILES=config.subtiles,
+        PROMOTE=promote // BLOCK_K if promote < rows else 0,
+        STORE=store,
+        ACCUMULATE=accumulate,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out

@@ -1,0 +1,206 @@
+"""Products and folds over the experts of a mixture-of-experts layer: the rows of all experts in one buffer.
+
+    rows                                  [rows, K], rows a multiple of 128
+    offsets      int32 [E + 1]            expert e owns rows offsets[e] .. offsets[e + 1]; all multiples of 128; rows from offsets[E] on are unused
+    block_expert int32 [rows / 128]       the expert of every block of 128 rows, -1 = unused (unused blocks come last)
+
+Rows that pad an expert's group to a multiple of 128 hold exactly zero under the smallest scale, 2**-126: they win no maximum and add nothing to a sum.
+What unused rows hold is undefined, on input and on output. Experts without rows are allowed. Both index tensors live on the device of the rows; the kernels
+never bring them to the host, this reference does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import Format, format_of, pow2, to_e8m0
+from ..tensor import TILE, ScaledTensor
+from .fold import _shift, fold_transpose
+from .quantize import tile_exponents
+
+SMALLEST_SCALE = 2.0**-126
+
+
+@dataclass
+class GroupedTensor:
+    """FP8 payload whose scales are kept per expert (or per 128 rows).
+
+    ================= ======================= ============================= =========================================================================
+    what              payload                 scale, fp32, powers of two    made by
+    ================= ======================= ============================= =========================================================================
+    experts' weights  [E, N, K]               [E] or [E, N]                 quantise each expert's weight
+    wgrad operand     [cols, rows]            [E, cols]                     `grouped_fold_transpose`
+    paper's transpose [cols, rows]            [ceil(rows / 128), cols]      `scaling_aware_transpose`
+    ================= ======================= ============================= =========================================================================
+    """
+
+    payload: torch.Tensor
+    scale: torch.Tensor
+
+    def __post_init__(self) -> None:
+        format_of(self.payload.dtype)
+        if self.scale.dtype != torch.float32:
+            raise TypeError(f"the scale of a GroupedTensor must be float32, got {self.scale.dtype}; convert E8M0 bytes with formats.from_e8m0")
+        shape, scale = tuple(self.payload.shape), tuple(self.scale.shape)
+        if len(shape) == 3:
+            good = scale in (shape[:1], shape[:2])
+            wanted = f"[E] = {shape[:1]} or [E, N] = {shape[:2]}"
+        else:
+            good = len(shape) == 2 and len(scale) == 2 and scale[1] == shape[0]
+            wanted = f"[E, cols], cols = {shape[0] if shape else '?'}"
+        if not good:
+            raise ValueError(f"a grouped payload of shape {shape} needs a scale of shape {wanted}; got {scale}")
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.payload.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.payload.device
+
+
+def check_blocks(rows: int, block_expert: torch.Tensor, device: torch.device) -> None:
+    """Raise unless ``block_expert`` describes a buffer of ``rows`` rows. Its values are not read: that would wait for the GPU."""
+    if rows == 0 or rows % TILE:
+        raise ValueError(f"a grouped buffer needs a positive multiple of {TILE} rows, got {rows}; pad every expert's group to {TILE} (zero tokens: one block)")
+    _check_index(block_expert, "block_expert", (rows // TILE,), device)
+
+
+def check_offsets(offsets: torch.Tensor, experts: int, device: torch.device) -> None:
+    """Raise unless ``offsets`` has one start per expert and the end."""
+    _check_index(offsets, "offsets", (experts + 1,), device)
+
+
+def _check_index(index: torch.Tensor, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {index.dtype}; convert with .int()")
+    if tuple(index.shape) != shape or not index.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous tensor of shape {shape}, got shape {tuple(index.shape)}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device}, the rows are on {device}; keep them together")
+
+
+def check_grouped_gemm(a: ScaledTensor, b: GroupedTensor, block_expert: torch.Tensor, out: torch.Tensor | None) -> None:
+    """Raise unless ``a [rows, K]`` and the experts' ``b [E, N, K]`` multiply into ``out [rows, N]``."""
+    if b.payload.dim() != 3:
+        raise ValueError(f"b must hold one [N, K] matrix per expert, [E, N, K]; got shape {tuple(b.payload.shape)}")
+    if a.granularity != "row":
+        raise ValueError(f"a has {a.granularity} scales; grouped products take one scale per row: fold it to rows first")
+    if a.shape[1] != b.payload.shape[2]:
+        raise ValueError(f"contraction lengths differ: a is {tuple(a.shape)}, b is {tuple(b.payload.shape)}; both must end in K")
+    check_blocks(a.shape[0], block_expert, a.device)
+    _check_out(out, (a.shape[0], b.payload.shape[1]))
+
+
+def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise unless ``a_t [N, rows]`` and ``b_t [K, rows]`` multiply into ``out [E, N, K]``, expert by expert."""
+    for name, q in (("a_t", a_t), ("b_t", b_t)):
+        if q.payload.dim() != 2:
+            raise ValueError(f"{name} must be a transposed payload [cols, rows], got shape {tuple(q.payload.shape)}; make it with grouped_fold_transpose")
+    if a_t.payload.shape[1] != b_t.payload.shape[1]:
+        raise ValueError(f"row counts differ: a_t is {tuple(a_t.payload.shape)}, b_t is {tuple(b_t.payload.shape)}; both must be [cols, rows]")
+    experts = a_t.scale.shape[0]
+    if b_t.scale.shape[0] != experts:
+        raise ValueError(f"a_t has scales for {experts} experts, b_t for {b_t.scale.shape[0]}; fold both with the same offsets")
+    rows = a_t.payload.shape[1]
+    if rows == 0 or rows % TILE:
+        raise ValueError(f"a grouped buffer needs a positive multiple of {TILE} rows, got {rows}; pad every expert's group to {TILE} (zero tokens: one block)")
+    check_offsets(offsets, experts, a_t.device)
+    _check_out(out, (experts, a_t.payload.shape[0], b_t.payload.shape[0]))
+
+
+def _check_out(out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if out is None:
+        return
+    if tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous of shape {shape}, got shape {tuple(out.shape)} with strides {out.stride()}")
+
+
+def _groups(offsets: torch.Tensor) -> list[slice]:
+    starts = offsets.tolist()
+    if starts[0] != 0 or any(a > b or b % TILE for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"offsets {starts} must start at 0 and rise in multiples of {TILE}")
+    return [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def grouped_gemm(
+    a: ScaledTensor,
+    b: GroupedTensor,
+    block_expert: torch.Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    promote: int = 0,
+) -> torch.Tensor:
+    """``y[m, n] = scale_a[m] * scale_b[e, n] * sum_k a[m, k] b[e, n, k]`` with e the expert of row m, summed in fp32: fprop and dgrad.
+
+    a: [rows, K], row scales. b: [E, N, K], one scale per expert or per output feature. block_expert: int32 [rows / 128], -1 = unused.
+    Returns [rows, N] (``out`` if given). Rows of unused blocks are not written; padding rows inside used blocks come out zero.
+    promote: ignored here (see `gemm`).
+    """
+    del promote
+    check_grouped_gemm(a, b, block_expert, out)
+    rows, n = a.shape[0], b.payload.shape[1]
+    out = torch.zeros(rows, n, dtype=out_dtype, device=a.device) if out is None else out
+    of_row = block_expert.repeat_interleave(TILE)
+    for expert in range(b.payload.shape[0]):
+        mine = of_row == expert
+        y = a.payload[mine].float() @ b.payload[expert].float().t()  # [rows of this expert, K] @ [K, N]
+        out[mine] = (y * a.scale[mine, None] * b.scale[expert]).to(out.dtype)
+    return out
+
+
+def grouped_wgrad(
+    a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: torch.Tensor, accumulate: bool = False, promote: int = 0
+) -> torch.Tensor:
+    """``dw[e, n, k] = scale_a[e, n] * scale_b[e, k] * sum_m a_t[n, m] b_t[k, m]`` over the rows m of expert e, summed in fp32.
+
+    a_t: [N, rows] (the output's gradient), b_t: [K, rows] (the input), scales [E, N] and [E, K], from `grouped_fold_transpose`. offsets: int32 [E + 1].
+    out: [E, N, K] fp32 or bf16, overwritten or, with accumulate=True, added to. Experts without rows: zero, or left alone. promote: ignored here.
+    """
+    del promote
+    check_grouped_wgrad(a_t, b_t, offsets, out)
+    for expert, group in enumerate(_groups(offsets)):
+        if accumulate and group.start == group.stop:
+            continue
+        y = a_t.payload[:, group].float() @ b_t.payload[:, group].float().t()  # [N, rows of this expert] @ [rows of this expert, K]
+        y = y * a_t.scale[expert, :, None] * b_t.scale[expert]
+        out[expert] = (out[expert].float() + y if accumulate else y).to(out.dtype)
+    return out
+
+
+def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
+    """`fold_transpose` for every expert by itself: payload [cols, rows], scale [E, cols], constant along wgrad's contraction.
+
+    q: [rows, cols] row (with tile_exponent), tile or micro (no global scale), cols a multiple of 4. Columns of unused rows are not written.
+    """
+    experts = offsets.shape[0] - 1
+    check_blocks(q.shape[0], block_expert, q.device)
+    check_offsets(offsets, experts, q.device)
+    rows, cols = q.shape
+    payload = torch.zeros(cols, rows, dtype=q.payload.dtype, device=q.device)
+    scale = torch.full((experts, cols), SMALLEST_SCALE, device=q.device)
+    tiles = to_e8m0(tile_exponents(q))
+    for expert, group in enumerate(_groups(offsets)):
+        if group.start < group.stop:
+            part = ScaledTensor(q.payload[group], q.scale[group], q.granularity, tile_exponent=tiles[group], global_scale=q.global_scale)
+            folded = fold_transpose(part)
+            payload[:, group], scale[expert] = folded.payload, folded.scale
+    return GroupedTensor(payload, scale)
+
+
+def scaling_aware_transpose(q: ScaledTensor) -> GroupedTensor:
+    """The transpose of FP8-Flow-MoE (Algorithm 1): every 128x128 tile takes its largest row scale. For comparison; no kernel uses its result.
+
+    q: [rows, cols] tile (the paper's), row (with tile_exponent) or micro. Returns payload [cols, rows] and scale [ceil(rows / 128), cols]. Rounds correctly
+    into the subnormals and keeps NaN, where the authors' code keeps the mantissa of what underflows and turns NaN into numbers.
+    """
+    tiles = tile_exponents(q)
+    rows, cols = q.shape
+    blocks = torch.stack([part.amax(dim=0) for part in tiles.split(TILE)])
+    target = blocks.repeat_interleave(TILE, dim=1)[:, :cols]
+    payload = _shift(q, target.repeat_interleave(TILE, dim=0)[:rows]).t().contiguous()
+    return GroupedTensor(payload, pow2(target.contiguous()))
