@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import dequantize
+from .reference import RowMap, copies_of_rows, dequantize, rows_for
 from .tensor import ScaledTensor
 
 
@@ -56,19 +56,43 @@ def swiglu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).swiglu_quantize(h, *args, **kwargs)
 
 
-def swiglu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+def swiglu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A `ScaledTensor`; with ``prob`` also the gradient of prob."""
     return _backend(dy).swiglu_backward_quantize(dy, *args, **kwargs)
 
 
+def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
+    return _backend(expert_index).route_map(expert_index, num_experts, rows)
+
+
+def chunk_map(counts: torch.Tensor, tokens: int, rows: int | None = None) -> RowMap:
+    return _backend(counts).chunk_map(counts, tokens, rows)
+
+
+def gather_rows(x: Any, row_map: RowMap, prob: torch.Tensor | None = None) -> tuple[Any, torch.Tensor | None]:
+    return _backend(x).gather_rows(x, row_map, prob)
+
+
+def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None = None) -> torch.Tensor:
+    return _backend(y).combine_rows(y, row_map, weight)
+
+
 __all__ = [
+    "RowMap",
+    "chunk_map",
+    "combine_rows",
+    "copies_of_rows",
     "dequantize",
     "fold",
     "fold_transpose",
+    "gather_rows",
     "gemm",
     "gemm_exact",
     "quantize",
     "quantize_weight",
     "rmsnorm_quantize",
+    "route_map",
+    "rows_for",
     "swiglu_backward_quantize",
     "swiglu_quantize",
 ]

@@ -6,17 +6,22 @@ tensors, for tests.
 
 from .fold_transpose import fold_transpose
 from .gemm import gemm
+from .permute import chunk_map, combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
 
 __all__ = [
+    "chunk_map",
+    "combine_rows",
     "fold",
     "fold_transpose",
+    "gather_rows",
     "gemm",
     "quantize",
     "quantize_weight",
     "rmsnorm_quantize",
+    "route_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
 ]

@@ -3,17 +3,25 @@
 from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
 from .fold import fold, fold_transpose
 from .gemm import gemm, gemm_exact
+from .permute import RowMap, chunk_map, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
 
 __all__ = [
+    "RowMap",
+    "chunk_map",
+    "combine_rows",
+    "copies_of_rows",
     "dequantize",
     "fold",
     "fold_transpose",
+    "gather_rows",
     "gemm",
     "gemm_exact",
     "quantize",
     "quantize_weight",
     "rmsnorm_quantize",
+    "route_map",
+    "rows_for",
     "swiglu_backward_quantize",
     "swiglu_quantize",
 ]
