@@ -20,6 +20,9 @@ from .fold_transpose import _dependents_may_start, _row_shift, _source_constants
 from .launch import launch
 from .words import shift_words, transpose_4x4
 
+CHUNK = 128
+"""Block maxima that a program reads at a time."""
+
 
 @triton.jit
 def _block_maximum_kernel(
@@ -73,6 +76,7 @@ def _grouped_fold_transpose_kernel(
     cols,
     GROUP: tl.constexpr,
     E5M2: tl.constexpr,
+    CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program: 128 rows x 128 columns. payload and out are int32 words; rows is a multiple of 128, cols of 4."""
@@ -98,7 +102,7 @@ def _grouped_fold_transpose_kernel(
     w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
     if OVERLAP:
         _wait_for_previous_kernel()
-    target = _maximum_over(maximum_ptr + col_block * (rows // 128), first, beyond, 128)
+    target = _maximum_over(maximum_ptr + col_block * (rows // 128), first, beyond, CHUNK)
     w0 = shift_words(w0, _row_shift(source_ptr, quad * 4, word * 4, target, rows, cols, GROUP), E5M2)
     w1 = shift_words(w1, _row_shift(source_ptr, quad * 4 + 1, word * 4, target, rows, cols, GROUP), E5M2)
     w2 = shift_words(w2, _row_shift(source_ptr, quad * 4 + 2, word * 4, target, rows, cols, GROUP), E5M2)
@@ -138,12 +142,12 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     width = min(32, next_power_of_2(count))
     maximum = common.empty((count, blocks), torch.uint8, q.device)
     scale = common.empty((experts, cols), torch.float32, q.device)
-    arguments = (tiles, maximum, scale, offsets, block_expert, experts, blocks, count, cols)
-    launch(_block_maximum_kernel, (blocks, cdiv(count, width)), *arguments, TILES=width, OVERLAP=overlap, num_warps=4)
+    first = (tiles, maximum, scale, offsets, block_expert, experts, blocks, count, cols)
+    launch(_block_maximum_kernel, (blocks, cdiv(count, width)), *first, TILES=width, OVERLAP=overlap, num_warps=4)
     payload = common.empty((cols, rows // 4), torch.int32, q.device)
     source = q.scale if q.granularity == "row" else scale_bytes(q)
     words = q.payload.view(torch.int32)
     constants = _source_constants(q.granularity, q.payload.dtype)
-    arguments = (words, payload, scale, source, maximum, offsets, block_expert, rows, cols)
-    launch(_grouped_fold_transpose_kernel, (blocks * count,), *arguments, **constants, OVERLAP=overlap, num_warps=4, launch_pdl=overlap)
+    second = (words, payload, scale, source, maximum, offsets, block_expert, rows, cols)
+    launch(_grouped_fold_transpose_kernel, (blocks * count,), *second, **constants, CHUNK=CHUNK, OVERLAP=overlap, num_warps=4, launch_pdl=overlap)
     return GroupedTensor(payload.view(q.payload.dtype), scale)

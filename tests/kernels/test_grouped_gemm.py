@@ -1,0 +1,303 @@
+"""The grouped products: under Triton's interpreter with small tiles, on a GPU with Hopper's; compiled for Hopper without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from assertions import assert_bitwise, assert_snr
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, whose own library is decorated then
+
+from fp8_recipes import reference  # noqa: E402
+from fp8_recipes.formats import E4M3, E5M2, Format  # noqa: E402
+from fp8_recipes.kernels import grouped_gemm as module  # noqa: E402
+from fp8_recipes.kernels.grouped_gemm import SMALL, WIDE, GroupedConfig, grouped_gemm, grouped_wgrad  # noqa: E402
+from fp8_recipes.reference import grouped  # noqa: E402
+from fp8_recipes.reference.grouped import GroupedTensor  # noqa: E402
+from fp8_recipes.tensor import ScaledTensor  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TILE = GroupedConfig(64, 64, stages=2, subtiles=2, group=2, warps=4) if GPU else GroupedConfig(64, 32, stages=2, subtiles=2, group=2)
+GROUPS = {
+    "ragged": (2, 0, 1, 1),
+    "all to one": (0, 3, 0),
+    "first and last empty": (0, 1, 2, 0),
+    "one expert": (2,),
+    "no tokens": (0, 0),
+}
+"""Blocks of 128 rows per expert; one more block is unused."""
+groups = pytest.mark.parametrize("blocks", GROUPS.values(), ids=GROUPS)
+
+
+@pytest.fixture(autouse=True)
+def tma_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter loads and stores through descriptors but lacks their reduction: give it one (add is all we use)."""
+    if GPU:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_descriptor_reduce(self, kind, desc, value, indices):
+        assert "ADD" in str(kind).upper()
+        old = self.create_descriptor_load(desc, indices, None, None)
+        self.create_descriptor_store(desc, TensorHandle(old.data + value.data, value.dtype), indices)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs, so that each has several tiles, of several experts."""
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 3)
+
+
+def layout(blocks: tuple[int, ...]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(rows, offsets, block_expert), one unused block at the end."""
+    offsets = torch.tensor([0, *blocks]).cumsum(0).int() * 128
+    owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks)).tolist() + [-1]
+    return 128 * len(owner), offsets.to(DEVICE), torch.tensor(owner, dtype=torch.int32, device=DEVICE)
+
+
+def integers(*shape: int, seed: int, fmt: Format = E4M3) -> torch.Tensor:
+    """Small integers: every sum below is exact, also in Hopper's 14-bit accumulator, so that results must be equal bit for bit."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float().to(fmt.dtype).to(DEVICE)
+
+
+def powers(*shape: int, seed: int) -> torch.Tensor:
+    return torch.exp2(torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()).to(DEVICE)
+
+
+def operands(blocks: tuple[int, ...], n: int, k: int, fmt: Format = E4M3, per_feature: bool = True) -> tuple[ScaledTensor, GroupedTensor, torch.Tensor, int]:
+    """a, b, block_expert and the number of used rows; the last rows of every group are padding, unused rows NaN."""
+    rows, offsets, block_expert = layout(blocks)
+    used, experts = int(offsets[-1]), len(blocks)
+    payload, scale = integers(rows, k, seed=1, fmt=fmt), powers(rows, seed=2)
+    for start, stop in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        if stop > start:
+            payload.view(torch.uint8)[stop - 127 : stop], scale[stop - 127 : stop] = 0, grouped.SMALLEST_SCALE
+    payload.view(torch.uint8)[used:], scale[used:] = 0x7F, torch.nan
+    b = GroupedTensor(integers(experts, n, k, seed=3), powers(experts, n, seed=4) if per_feature else powers(experts, seed=4))
+    return ScaledTensor(payload, scale, "row"), b, block_expert, used
+
+
+def transposed(blocks: tuple[int, ...], n: int, k: int, fmt: Format = E4M3) -> tuple[GroupedTensor, GroupedTensor, torch.Tensor]:
+    rows, offsets, _ = layout(blocks)
+    experts = len(blocks)
+    pair = [GroupedTensor(integers(c, rows, seed=5 + i, fmt=f), powers(experts, c, seed=7 + i)) for i, (c, f) in enumerate(((n, fmt), (k, E4M3)))]
+    for q in pair:
+        q.payload.view(torch.uint8)[:, int(offsets[-1]) :] = 0x7F
+    return pair[0], pair[1], offsets
+
+
+@groups
+@pytest.mark.parametrize(("n", "k"), [(64, 144), (80, 16), (72, 272)], ids=str)
+def test_gemm_is_exact_on_integers(blocks: tuple[int, ...], n: int, k: int) -> None:
+    a, b, block_expert, used = operands(blocks, n, k)
+    out = torch.full((a.shape[0], n), -7.0, device=DEVICE)
+    got = grouped_gemm(a, b, block_expert, out=out, config=TILE)
+    want = grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)
+    assert got is out and torch.equal(got[:used], want[:used])
+    assert (got[used:] == -7).all(), "rows of unused blocks were written"
+    if used:
+        assert (got[used - 127 : used] == 0).all(), "padding rows must come out zero"
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("promote", [0, 128, 256])
+@pytest.mark.parametrize("n", [48, 41], ids=["tma", "pointer"])
+def test_gemm_formats_scales_promotion_and_stores(fmt: Format, per_feature: bool, promote: int, n: int) -> None:
+    a, b, block_expert, used = operands((1, 0, 1), n, 400, fmt, per_feature)
+    got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote, config=TILE)
+    assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
+
+
+def test_default_config_writes_bf16() -> None:
+    a, b, block_expert, used = operands((1, 1), 160, 128)
+    got = grouped_gemm(a, b, block_expert)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got[:used], grouped.grouped_gemm(a, b, block_expert)[:used], rtol=2**-7, atol=0)  # the interpreter truncates
+
+
+@groups
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (80, 48), (40, 41)], ids=["tma", "rows cross experts", "pointer"])
+def test_wgrad_is_exact_on_integers(blocks: tuple[int, ...], accumulate: bool, n: int, k: int) -> None:
+    a_t, b_t, offsets = transposed(blocks, n, k)
+    before = torch.randint(-8, 9, (len(blocks), n, k)).float().to(DEVICE) if accumulate else torch.full((len(blocks), n, k), torch.nan, device=DEVICE)
+    got = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=accumulate, config=TILE)
+    assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=accumulate))
+
+
+@pytest.mark.parametrize("store", ["reduce", "add"])
+@pytest.mark.parametrize("promote", [0, 128, 256])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
+def test_wgrad_formats_promotion_and_stores(store: str, promote: int, fmt: Format) -> None:
+    a_t, b_t, offsets = transposed((4, 0, 1), 64, 80, fmt)
+    before = torch.randint(-8, 9, (3, 64, 80)).float().to(DEVICE)
+    got = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True, promote=promote, config=replace(TILE, store=store))
+    assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_wgrad_into_bf16(accumulate: bool) -> None:
+    a_t, b_t, offsets = transposed((1, 0, 2), 64, 48)
+    before = torch.randint(-8, 9, (3, 64, 48), device=DEVICE).bfloat16()
+    got = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=accumulate, config=TILE)
+    want = grouped.grouped_wgrad(a_t, b_t, offsets, out=before.float(), accumulate=accumulate)
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 50])
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_tile_once_whatever_the_order(resident: int, group: int) -> None:
+    config = replace(TILE, group=group, resident=resident)
+    a, b, block_expert, used = operands((2, 1, 3), 112, 32)
+    got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, config=config)
+    assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
+    a_t, b_t, offsets = transposed((2, 1, 3), 192, 112)
+    got = grouped_wgrad(a_t, b_t, offsets, out=torch.zeros(3, 192, 112, device=DEVICE), accumulate=True, config=config)
+    assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.zeros(3, 192, 112, device=DEVICE)))
+
+
+def test_promotion_of_wgrad_restarts_with_every_tile() -> None:
+    # Sums of four K blocks: 2**24, 0, 1, 1. One fp32 accumulator loses both ones (2**24 + 1 is a tie to even); promoted after two blocks they survive as 2.
+    payload = torch.zeros(64, 1152)
+    for start in (0, 640):  # the second expert follows one without and one with a single block
+        payload[:, start], payload[:, start + 256], payload[:, start + 384] = 4096, 1, 1
+    q = GroupedTensor(payload.to(E5M2.dtype).to(DEVICE), torch.ones(4, 64, device=DEVICE))
+    offsets = torch.tensor([0, 512, 512, 640, 1152], dtype=torch.int32, device=DEVICE)
+    for promote, want in ((0, 2.0**24), (128, 2.0**24), (256, 2.0**24 + 2), (512, 2.0**24)):
+        out = grouped_wgrad(q, q, offsets, out=torch.empty(4, 64, 64, device=DEVICE), promote=promote, config=TILE)
+        assert out[:, 0, 0].tolist() == [want, 0, 0, want]
+
+
+def test_random_data_and_two_runs() -> None:
+    torch.manual_seed(0)
+    rows, offsets, block_expert = layout((1, 2))
+    x, dy = (torch.randn(rows, c, device=DEVICE) * torch.randn(rows, 1, device=DEVICE).exp() for c in (144, 96))
+    w = [reference.quantize(torch.randn(96, 144, device=DEVICE), "tensor") for _ in range(2)]
+    b = GroupedTensor(torch.stack([q.payload for q in w]), torch.stack([q.scale for q in w]))
+    a = reference.quantize(x, "tile", fold="row")
+    a_t, b_t = (grouped.grouped_fold_transpose(reference.quantize(t, "row"), offsets, block_expert) for t in (dy, x))
+
+    def once() -> tuple[torch.Tensor, torch.Tensor]:
+        y = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=128, config=TILE)[:384]
+        return y, grouped_wgrad(a_t, b_t, offsets, out=torch.ones(2, 96, 144, device=DEVICE), accumulate=True, promote=128, config=TILE)
+
+    y, dw = once()
+    for first, second in zip((y, dw), once(), strict=True):
+        assert_bitwise(second, first)
+    assert_snr(grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:384], y, at_least=66)
+    assert_snr(grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.ones(2, 96, 144, device=DEVICE), accumulate=True), dw, at_least=66)
+
+
+def _gemm(**change):
+    a, b, block_expert, _ = operands((1, 1), 16, 32)
+    return grouped_gemm(**({"a": a, "b": b, "block_expert": block_expert, "config": TILE} | change))
+
+
+def _wgrad(**change):
+    a_t, b_t, offsets = transposed((1, 1), 16, 32)
+    return grouped_wgrad(**({"a_t": a_t, "b_t": b_t, "offsets": offsets, "out": torch.zeros(2, 16, 32, device=DEVICE), "config": TILE} | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _gemm(promote=100), ValueError, "promote=100"),
+        (lambda: _gemm(config=replace(TILE, block_m=256)), ValueError, "block_m=256 must divide 128"),
+        (lambda: _gemm(block_expert=torch.zeros(2, dtype=torch.int32, device=DEVICE)), ValueError, "block_expert must be"),
+        (lambda: _gemm(out_dtype=torch.float16), TypeError, "bfloat16 or float32"),
+        (lambda: _gemm(b=operands((1, 1), 16, 48)[1]), ValueError, "contraction lengths differ"),
+        (lambda: _gemm(a=operands((1, 1), 16, 40)[0], b=operands((1, 1), 16, 40)[1]), ValueError, "must end in a positive multiple of 16"),
+        (lambda: _gemm(b=GroupedTensor(torch.empty(2, 32, 16, device=DEVICE).to(E4M3.dtype).mT, torch.ones(2, device=DEVICE))), ValueError, "not contiguous"),
+        (lambda: _wgrad(offsets=torch.zeros(2, dtype=torch.int32, device=DEVICE)), ValueError, "offsets must be"),
+        (lambda: _wgrad(offsets=torch.zeros(3, device=DEVICE)), TypeError, "int32"),
+        (lambda: _wgrad(out=torch.zeros(2, 32, 16, device=DEVICE)), ValueError, "out must be contiguous of shape"),
+        (lambda: _wgrad(out=torch.zeros(2, 16, 32, dtype=torch.float16, device=DEVICE)), TypeError, "bfloat16 or float32"),
+        (lambda: _wgrad(b_t=transposed((1, 1, 1), 16, 32)[1]), ValueError, "row counts differ"),
+    ],
+)
+def test_bad_input_names_the_value(call, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_configs() -> None:
+    for config in (WIDE, SMALL):
+        assert config.shared_bytes(out_bytes=4) + 1024 <= 227 * 1024 and 128 % config.block_m == 0
+    assert module.select_config(98304, 2816, 132) == WIDE  # 11 full tiles of 256
+    assert module.select_config(98304, 128, 132) == SMALL
+
+
+COMPILE = """
+import os, subprocess, tempfile, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fp8_recipes.kernels.grouped_gemm import WIDE as c, _grouped_gemm_kernel, _grouped_wgrad_kernel
+tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+usual = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles)
+for kernel, dtype, constants in (
+    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma")),
+    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma")),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=8, STORE="reduce", ACCUMULATE=True)),
+    (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False)),
+):
+    constants = {**usual, **constants}
+    types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
+                 out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
+                 block_expert_ptr="*i32", offsets_ptr="*i32")
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ("rows", "N", "K")}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
+    path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
+    open(path, "wb").write(compiled.asm["cubin"])
+    print("KERNEL", kernel.__name__, constants["PROMOTE"])
+    print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_machine_code_streams_products() -> None:
+    """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, next to no spills between them and the loop's branch."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    listings = done.stdout.split("KERNEL ")[1:]
+    assert len(listings) == 5
+    for listing in listings:
+        name, *lines = listing.splitlines()
+        products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
+        assert len(products) == 4, name
+        loop = lines[products[0] : next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])]
+        assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), f"{name}: the product of one K block is waited for before the next is issued"
+        assert len([line for line in loop if "LDL" in line or "STL" in line]) <= 3, f"{name}: spills beside the products"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs one Hopper GPU")
+@pytest.mark.parametrize("promote", [0, 1024])
+@pytest.mark.parametrize("blocks", [(5, 0, 17, 1, 9), (0, 32, 0)], ids=str)
+def test_real_tiles(blocks: tuple[int, ...], promote: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: torch.cuda.get_device_properties(device).multi_processor_count)
+    a, b, block_expert, used = operands(blocks, 1408, 2064)
+    got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote)
+    assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
+    a_t, b_t, offsets = transposed(blocks, 1408, 2064)
+    for n in (1408, 1360):
+        left = GroupedTensor(a_t.payload[:n], a_t.scale[:, :n].contiguous())
+        for dtype, accumulate in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+            before = torch.ones(len(blocks), n, 2064, dtype=dtype, device=DEVICE)
+            got = grouped_wgrad(left, b_t, offsets, out=before.clone(), accumulate=accumulate, promote=promote)
+            assert torch.equal(got, grouped.grouped_wgrad(left, b_t, offsets, out=before.clone(), accumulate=accumulate))
