@@ -20,10 +20,10 @@ from . import common
 from .common import INTERPRETED, cdiv, check_device, next_power_of_2, to_fp32
 from .launch import launch
 
-COPIES = 256
+COPIES = 128
 """Copies that one program of the routing kernels ranks against each other."""
 COUNT_EXPERTS = tl.constexpr(32)
-SCAN_BLOCKS = tl.constexpr(64)
+SCAN_BLOCKS = tl.constexpr(128)
 SCAN_EXPERTS = 16
 PAD_ROWS = tl.constexpr(16)
 """Rows of one padding program; divides 128."""
@@ -59,6 +59,38 @@ def _scan_kernel(begin_ptr, demand_ptr, blocks, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _describe_block(program, index, demand, start, end, source_ptr, offset_ptr, block_expert_ptr, count_ptr, rows, experts):
+    """Block ``program`` of 128 rows: its expert, and -1 as the source of its padding. The first one also writes what is per expert."""
+    first = program * 128
+    expert = tl.sum((end <= first).to(tl.int32), axis=0)  # past the last expert the ends are all equal: no lane of ``index``
+    held = tl.sum(tl.where(index == expert, start + demand, 0), axis=0)
+    row = first + tl.arange(0, 128)
+    tl.store(source_ptr + row, tl.full((128,), -1, tl.int32), mask=row >= held)
+    tl.store(block_expert_ptr + program, tl.where(expert < experts, expert, -1))
+    if program == 0:
+        limit = tl.minimum(end, rows)
+        tl.store(offset_ptr, 0)
+        tl.store(offset_ptr + 1 + index, limit, mask=index < experts)
+        tl.store(count_ptr + index, tl.minimum(demand, limit - tl.minimum(start, rows)), mask=index < experts)
+
+
+@triton.jit
+def _place_copies(block, index, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES: tl.constexpr):
+    """Rows of the copies of one block: the expert's first row, plus the copies in the blocks before, plus those before it in this block."""
+    lane = tl.arange(0, COPIES)
+    copy = block * COPIES + lane
+    expert = tl.load(expert_ptr + copy, mask=copy < copies, other=-1)
+    earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    valid = (expert >= 0) & (expert < experts)
+    begin = tl.load(begin_ptr + block.to(tl.int64) * experts + expert, mask=valid, other=0)
+    row = tl.sum(tl.where(expert[:, None] == index[None, :], start[None, :], 0), axis=1) + begin + rank
+    valid = valid & (row < rows)
+    tl.store(destination_ptr + copy, tl.where(valid, row, -1), mask=copy < copies)
+    tl.store(source_ptr + row, copy, mask=valid)
+
+
+@triton.jit
 def _place_kernel(
     expert_ptr,
     begin_ptr,
@@ -74,42 +106,17 @@ def _place_kernel(
     COPIES: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """The first rows / 128 programs describe a block of rows each and mark its padding; the others place a block of copies each."""
+    """The first rows / 128 programs describe a block of rows each, the others place a block of copies each."""
     index = tl.arange(0, EXPERTS)
     demand = tl.load(demand_ptr + index, mask=index < experts, other=0)
     padded = (demand + 127) // 128 * 128
     end = tl.cumsum(padded, axis=0)
     start = end - padded
-    row_blocks = rows // 128
     program = tl.program_id(0)
-    if program < row_blocks:
-        first = program * 128
-        expert = tl.sum((end <= first).to(tl.int32), axis=0)  # past the last expert the ends are all equal, so this is EXPERTS
-        used = expert < experts
-        held = tl.sum(tl.where(index == expert, start + demand, 0), axis=0)
-        row = first + tl.arange(0, 128)
-        tl.store(source_ptr + row, tl.full((128,), -1, tl.int32), mask=row >= held)
-        tl.store(block_expert_ptr + program, tl.where(used, expert, -1))
-        if program == 0:
-            limit = tl.minimum(end, rows)
-            begin = tl.minimum(start, rows)
-            tl.store(offset_ptr, 0)
-            tl.store(offset_ptr + 1 + index, limit, mask=index < experts)
-            tl.store(count_ptr + index, tl.minimum(demand, limit - begin), mask=index < experts)
+    if program < rows // 128:
+        _describe_block(program, index, demand, start, end, source_ptr, offset_ptr, block_expert_ptr, count_ptr, rows, experts)
     else:
-        block = program - row_blocks
-        lane = tl.arange(0, COPIES)
-        copy = block * COPIES + lane
-        expert = tl.load(expert_ptr + copy, mask=copy < copies, other=-1)
-        earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
-        rank = tl.sum(earlier.to(tl.int32), axis=1)
-        valid = (expert >= 0) & (expert < experts)
-        begin = tl.load(begin_ptr + block.to(tl.int64) * experts + expert, mask=valid, other=0)
-        group = tl.sum(tl.where(expert[:, None] == index[None, :], start[None, :], 0), axis=1)
-        row = group + begin + rank
-        valid = valid & (row < rows)
-        tl.store(destination_ptr + copy, tl.where(valid, row, -1), mask=copy < copies)
-        tl.store(source_ptr + row, copy, mask=valid)
+        _place_copies(program - rows // 128, index, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES)
 
 
 @triton.jit

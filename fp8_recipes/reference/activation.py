@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from ..formats import E4M3, Format
@@ -23,32 +25,73 @@ def rmsnorm_quantize(
     return quantize(xf * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold), rstd
 
 
-def swiglu(h: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` in fp32 for ``h = [gate | up]`` [rows, 2F]."""
+def check_prob(prob: torch.Tensor | None, rows: int) -> None:
+    """Raise unless ``prob`` is one fp32 number per row, or None."""
+    if prob is not None and (prob.shape != (rows,) or prob.dtype != torch.float32 or not prob.is_contiguous()):
+        raise ValueError(f"prob must be contiguous fp32 ({rows},), one number per row of h; got {prob.dtype} {tuple(prob.shape)}")
+
+
+def swiglu(h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+    """``silu(gate) * up`` in fp32 for ``h = [gate | up]`` [rows, 2F]; times ``prob`` [rows] fp32 if given."""
+    check_prob(prob, h.shape[0])
     gate, up = h.float().chunk(2, dim=1)
-    return gate * torch.sigmoid(gate) * up
+    y = gate * torch.sigmoid(gate) * up
+    return y if prob is None else y * prob[:, None]
 
 
-def swiglu_quantize(h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None) -> ScaledTensor:
-    """Quantised ``silu(gate) * up``; h: [rows, 2F] bf16 = [gate | up], result [rows, F]."""
+def swiglu_quantize(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> ScaledTensor:
+    """Quantised ``silu(gate) * up``; h: [rows, 2F] bf16 = [gate | up], result [rows, F].
+
+    prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation. A row with h = 0 and prob = 0 (padding) is exactly zero.
+    """
     if h.shape[1] % 2:
         raise ValueError(f"h must be [rows, 2F] = [gate | up], got an odd width {h.shape[1]}")
-    return quantize(swiglu(h), granularity, fmt, fold=fold)
+    return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
 
 
-def swiglu_backward(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Gradient of `swiglu` in fp32: ``[dgate | dup]`` [rows, 2F] from dy [rows, F]."""
+def check_halves(dy: torch.Tensor, h: torch.Tensor) -> None:
+    """Raise unless ``h`` is [rows, 2F] for ``dy`` [rows, F]."""
     if h.shape != (dy.shape[0], 2 * dy.shape[1]):
         raise ValueError(f"h must be [rows, 2F] for dy [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")
+
+
+def swiglu_backward(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+    """Gradient of `swiglu` in fp32: ``[dgate | dup]`` [rows, 2F] from dy [rows, F]."""
+    check_halves(dy, h)
+    check_prob(prob, h.shape[0])
     gate, up = h.float().chunk(2, dim=1)
     s = torch.sigmoid(gate)
     silu = gate * s
-    g = dy.float()
+    g = dy.float() if prob is None else dy.float() * prob[:, None]
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), dim=1)
 
 
+def swiglu_prob_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Gradient of `swiglu`'s prob, [rows] fp32: ``sum_f dy * silu(gate) * up``."""
+    check_halves(dy, h)
+    return (dy.float() * swiglu(h)).sum(dim=1)
+
+
+@overload
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None
-) -> ScaledTensor:
-    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F] bf16. One row has one scale over both halves."""
-    return quantize(swiglu_backward(dy, h), granularity, fmt, fold=fold)
+    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
+) -> ScaledTensor: ...
+
+
+@overload
+def swiglu_backward_quantize(
+    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor
+) -> tuple[ScaledTensor, torch.Tensor]: ...
+
+
+def swiglu_backward_quantize(
+    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> ScaledTensor | tuple[ScaledTensor, torch.Tensor]:
+    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F] bf16. One row has one scale over both halves.
+
+    With prob [rows] fp32 the result is (that gradient, the gradient of prob [rows] fp32).
+    """
+    q = quantize(swiglu_backward(dy, h, prob), granularity, fmt, fold=fold)
+    return q if prob is None else (q, swiglu_prob_gradient(dy, h))

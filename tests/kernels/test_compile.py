@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 POINTERS = {"scale_ptr": "*fp32", "tile_exponent_ptr": "*u8", "payload_ptr": "*u8", "amax_ptr": "*fp32", "partial_ptr": "*u8", "exponent_ptr": "*u8"}
-POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8"}
+POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8", "prob_ptr": "*fp32", "prob_gradient_ptr": "*fp32"}
 SCALARS = {"increment": "fp32", "eps": "fp32"}
 LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
@@ -33,8 +33,9 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
                 row = {"cols_for_plan": cols, "E5M2": e5m2, **mode}
                 found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
                 found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
-                found.append(("swiglu", "_swiglu_quantize_kernel", row, {}, 6))
-                found.append(("swiglu", "_swiglu_backward_quantize_kernel", row, {}, 6))
+                for prob in (False, True):
+                    found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "PROB": prob}, {}, 6))
+                    found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
                 constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}
@@ -49,7 +50,26 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     measured = {"cols_for_plan": 4096, "E5M2": False, "LOCAL": "micro", "FOLD": False, "GLOBAL": True}
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
+    found += permute_cases()
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
+    return found
+
+
+def permute_cases() -> list[tuple[str, str, dict, dict, int]]:
+    """Routing, gather and combine, at the widths of DeepSeek-V2-Lite and V3."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    words = dict.fromkeys(("x_ptr", "out_ptr", "scale_ptr", "scale_out_ptr", "prob_ptr", "prob_out_ptr", "source_ptr", "destination_ptr"), "*i32")
+    for k, block, warps in ((1, 512, 2), (6, 512, 2), (8, 2048, 8)):
+        gather = {"K": k, "BLOCK": block, "SCALES": 1, "TILES": 64, "PROB": True, "num_warps": warps}
+        found.append(("permute", "_gather_rows_kernel", gather, {**words, "tile_ptr": "*u8", "tile_out_ptr": "*u8"}, 1))
+        for weight in (False, True):
+            combine = {"K": k, "BLOCK": 1024, "WEIGHT": weight, "num_warps": 4}
+            found.append(("permute", "_combine_rows_kernel", combine, {"weight_ptr": "*fp32", "destination_ptr": "*i32"}, k))
+    integers = ("expert", "begin", "demand", "source", "destination", "offset", "block_expert", "count")
+    index = {f"{name}_ptr": "*i32" for name in integers}
+    found.append(("permute", "_count_kernel", {"COPIES": 128}, index, 0))
+    found.append(("permute", "_scan_kernel", {"EXPERTS": 16}, index, 0))
+    found.append(("permute", "_place_kernel", {"COPIES": 128, "EXPERTS": 256, "num_warps": 8}, index, 0))
     return found
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from assertions import assert_nearly_bitwise, snr_db
+from assertions import assert_bitwise, assert_nearly_bitwise, snr_db
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -55,6 +55,44 @@ def test_swiglu(device, shape, granularity, fold, fmt):
     check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
 
 
+def assert_prob_gradient(actual: torch.Tensor, dy: torch.Tensor, h: torch.Tensor) -> None:
+    """The sum over F in fp32: a few roundings of the sum of magnitudes."""
+    terms = dy.double() * truth(dy, h)[0]
+    assert actual.dtype == torch.float32
+    error = (actual.double() - terms.sum(1)).abs()
+    assert (error <= 64 * 2.0**-24 * terms.abs().sum(1)).all(), f"largest error {error.max().item():.3e}"
+
+
+@pytest.mark.parametrize(("granularity", "fold"), MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prob(device, shape, granularity, fold):
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
+    h[1], dy[1], prob[1] = 0, 0, 0  # a padding row
+    h[0, 0] = 9.0
+    exact = reference_values(dy, h, prob)
+    y, grad = swiglu_quantize(h, granularity, fold=fold, prob=prob), swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
+    check(y, reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), exact[0])
+    check(grad[0], reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], exact[1])
+    assert_prob_gradient(grad[1], dy, h)
+    assert grad[1][1] == 0
+    assert not y.payload[1].view(torch.uint8).any() and not grad[0].payload[1].view(torch.uint8).any()
+    assert torch.equal(swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[1], grad[1])
+
+
+def reference_values(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`truth` with y times prob."""
+    y, grad = truth(dy, h)
+    return y * prob.double()[:, None], grad * prob.double()[:, None]
+
+
+def test_prob_of_one_changes_nothing(device):
+    dy, h = inputs(4, 256, device)
+    ones = torch.ones(4, device=device)
+    assert_bitwise(swiglu_quantize(h, "micro", fold="row", prob=ones), swiglu_quantize(h, "micro", fold="row"))
+    assert_bitwise(swiglu_backward_quantize(dy, h, "micro", fold="row", prob=ones)[0], swiglu_backward_quantize(dy, h, "micro", fold="row"))
+
+
 def test_rows_too_wide_for_registers(device, monkeypatch):
     monkeypatch.setattr(module, "MAX_ROW", 256)
     dy, h = inputs(3, 384, device)
@@ -83,6 +121,10 @@ def test_bad_input(device):
         swiglu_quantize(h[:, :255].contiguous())
     with pytest.raises(ValueError, match="2F"):
         swiglu_backward_quantize(dy, h[:, :128].contiguous())
+    with pytest.raises(ValueError, match="prob must be contiguous fp32"):
+        swiglu_quantize(h, prob=torch.ones(8, device=device)[::2])
+    with pytest.raises(ValueError, match="prob must be contiguous fp32"):
+        swiglu_backward_quantize(dy, h, prob=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="empty"):
         swiglu_quantize(h[:0])
     with pytest.raises(ValueError, match="empty"):
@@ -99,3 +141,16 @@ def test_real_sizes(device, shape, granularity, fold):
         check(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
         actual = swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold)
         check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 1408), (4096, 2048), (8192, 768), (1024, 11008)], ids=str)
+def test_prob_real_sizes(device, shape):
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], device=device)
+    y, grad = reference_values(dy, h, prob)
+    for granularity, fold in MODES[:4]:
+        check(swiglu_quantize(h, granularity, fold=fold, prob=prob), reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), y)
+        actual, dprob = swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
+        check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], grad)
+        assert_prob_gradient(dprob, dy, h)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.reference import dequantize, quantize, rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
-from fp8_recipes.reference.activation import swiglu, swiglu_backward
+from fp8_recipes.reference.activation import swiglu, swiglu_backward, swiglu_prob_gradient
 
 ROWS, FFN = 19, 150
 FORMS = [("row", None), ("tile", None), ("micro", None), ("tile", "row"), ("micro", "row")]
@@ -48,6 +48,38 @@ def test_swiglu_backward_by_finite_differences() -> None:
         above, below = (F.silu(p[:, :4]) * p[:, 4:] for p in (h + step, h - step))
         slope = ((above - below) * dy.double()).sum(dim=1) / 2e-4
         assert torch.allclose(got[:, j], slope, rtol=1e-5, atol=1e-6)
+
+
+def test_prob_and_its_gradient_are_autograd_s() -> None:
+    h, dy = normal(ROWS, 2 * FFN, 20, scale=4), normal(ROWS, FFN, 21)
+    prob = torch.rand(ROWS, generator=torch.Generator().manual_seed(22))
+    h64, prob64 = h.double().requires_grad_(), prob.double().requires_grad_()
+    gate, up = h64.chunk(2, dim=1)
+    terms = F.silu(gate) * up
+    y = terms * prob64[:, None]
+    y.backward(dy.double())
+    assert close(swiglu(h, prob), y.detach(), 16)
+    error = (swiglu_backward(dy, h, prob).double() - h64.grad).abs()
+    scale = dy.double().abs().repeat(1, 2) * h.double().abs().roll(FFN, 1).clamp(min=1) * 2 * prob.double()[:, None]
+    assert (error <= 20 * 2.0**-24 * torch.maximum(scale, h64.grad.abs())).all()
+    magnitude = (dy.double() * terms.detach()).abs().sum(1)
+    assert ((swiglu_prob_gradient(dy, h).double() - prob64.grad).abs() <= 16 * 2.0**-24 * magnitude).all()
+    q, dprob = swiglu_backward_quantize(dy, h, "tile", prob=prob)
+    assert torch.equal(dequantize(q), dequantize(quantize(swiglu_backward(dy, h, prob), "tile")))
+    assert torch.equal(dprob, swiglu_prob_gradient(dy, h))
+    assert torch.equal(dequantize(swiglu_quantize(h, "tile", prob=prob)), dequantize(quantize(swiglu(h, prob), "tile")))
+
+
+def test_padding_rows_are_zero() -> None:
+    h, dy, prob = normal(4, 64, 23), normal(4, 32, 24), torch.ones(4)
+    h[2], dy[2], prob[2] = 0, 0, 0
+    y = swiglu_quantize(h, prob=prob)
+    dh, dprob = swiglu_backward_quantize(dy, h, prob=prob)
+    for q in (y, dh):
+        assert not q.payload[2].view(torch.uint8).any()
+        assert q.scale[2] == 2.0**-126
+        assert (q.tile_exponent[2] == 1).all()
+    assert dprob[2] == 0
 
 
 def test_saturated_gates_stay_finite() -> None:
@@ -132,3 +164,7 @@ def test_refusals() -> None:
         swiglu_backward_quantize(normal(2, 8, 16), normal(2, 8, 17))
     with pytest.raises(ValueError, match=r"gamma must have shape \(8,\), got \(1,\)"):
         rmsnorm_quantize(normal(2, 8, 18), torch.ones(1))
+    with pytest.raises(ValueError, match=r"prob must be contiguous fp32 \(2,\), one number per row of h; got torch.float32 \(2, 1\)"):
+        swiglu_quantize(normal(2, 8, 19), prob=torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"prob must be contiguous fp32 \(2,\).*got torch.bfloat16"):
+        swiglu_backward_quantize(normal(2, 4, 16), normal(2, 8, 17), prob=torch.ones(2).bfloat16())
