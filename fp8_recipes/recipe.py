@@ -27,7 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "grad_granularity": ("micro", "tile", "row"),
     "weight_granularity": ("tensor", "block"),
     "fold": ("row", "none"),
-    "wgrad_fold": ("column_block", "tensor"),
+    "wgrad_fold": ("column_block", "tensor", "none"),
     "global_scale": ("unit", "measured"),
     "weight_scale": ("predicted", "measured"),
     "weight_cache": ("none", "row"),
@@ -43,7 +43,8 @@ class Recipe:
     weight_granularity: "tensor", or "block" (128x128; measured scales, no fold).
     fold: "row" folds x and dy to one scale per row inside the quantising kernel, so that every product runs on FP8 matrix units with scales in its epilogue.
         "none" keeps the fine scales and multiplies exactly, by dequantising to bf16: the check, at bf16 speed.
-    wgrad_fold: scale of the transposed operands of wgrad: "column_block" or "tensor".
+    wgrad_fold: scale of the transposed operands of wgrad: "column_block" or "tensor"; "none" multiplies the dequantised payloads in bf16 (exactly, at bf16
+        speed), to tell what the fold along the tokens costs.
     global_scale: of micro granularity: "unit" (1.0, one read) or "measured" (MOSS as published, two reads; needs fold="none").
     weight_scale: "predicted" (automatic weight scaling) or "measured" (amax of the weight at every use).
     interval: steps between true measurements of a predicted scale.

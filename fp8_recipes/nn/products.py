@@ -122,7 +122,7 @@ def wgrad(
 
     wgrad is the last reader of both payloads: a caller that keeps no reference lets each be freed as soon as its transposed form exists.
     """
-    if recipe.folded:
+    if recipe.folded and recipe.wgrad_fold != "none":
         a = ops.fold_transpose(dy, recipe.wgrad_fold)  # [N, T]
         del dy
         b = ops.fold_transpose(x, recipe.wgrad_fold)  # [K, T]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-RECIPES = ("moss", "row", "moss_exact", "tile", "moss:grad=e5m2", "moss:weight_cache=row", "row:wgrad_fold=tensor")
+RECIPES = ("moss", "row", "moss_exact", "tile", "moss:grad=e5m2", "moss:weight_cache=row", "row:wgrad_fold=tensor", "moss:wgrad_fold=none")
 TOKENS, HIDDEN, FFN = 512, 512, 1024
 
 
