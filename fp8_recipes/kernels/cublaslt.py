@@ -91,9 +91,9 @@ def _plan(kind: _Kind) -> _Plan | None:
     one, mode, speed = ctypes.c_int32(1), ctypes.c_int32(_OUTER_VECTOR), ctypes.c_int8(kind.fast)
     for attribute, setting in ((_TRANSA, one), (_A_MODE, mode), (_B_MODE, mode), (_FAST_ACCUM, speed)):
         _call("cublasLtMatmulDescSetAttribute", desc, attribute, ctypes.byref(setting), ctypes.sizeof(setting))
-    placeholder = ctypes.c_void_p(256)  # the search wants scale pointers to be there, and reads none
+    unread = ctypes.c_void_p(256)  # the search wants scale pointers to be there, and reads none
     for attribute in (_A_SCALE, _B_SCALE):
-        _call("cublasLtMatmulDescSetAttribute", desc, attribute, ctypes.byref(placeholder), 8)
+        _call("cublasLtMatmulDescSetAttribute", desc, attribute, ctypes.byref(unread), 8)
     layouts = []
     for dtype, rows, cols in ((b_dtype, k, n), (a_dtype, k, m), (out_dtype, n, m)):
         layout = ctypes.c_void_p()

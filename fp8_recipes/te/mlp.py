@@ -87,7 +87,7 @@ class _NormSwiGLU(torch.autograd.Function):
 
 
 def _weight_gradient(dy: ScaledTensor, x: ScaledTensor, weight: Any, options: Options) -> torch.Tensor:
-    """wgrad into main_grad with Megatron's protocol (flag set, a placeholder returned as the gradient), or as an ordinary gradient."""
+    """wgrad into main_grad with Megatron's protocol (flag set, TransformerEngine's dummy tensor returned as the gradient), or as an ordinary gradient."""
     if not options.fuse_wgrad:
         return products.wgrad(dy, x, options.recipe, out_dtype=weight.dtype)
     from transformer_engine.pytorch.module.base import get_dummy_wgrad
