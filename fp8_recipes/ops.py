@@ -5,16 +5,17 @@ Signatures and meaning: `fp8_recipes.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import reference
-from .reference import RowMap, copies_of_rows, dequantize, rows_for
+from .reference import GroupedTensor, RowMap, copies_of_rows, dequantize, rows_for, scaling_aware_transpose
 from .tensor import ScaledTensor
 
 
-def _backend(t: torch.Tensor | ScaledTensor) -> Any:
+def _backend(t: torch.Tensor | ScaledTensor | GroupedTensor) -> Any:
     if t.device.type == "cuda":
         from . import kernels
 
@@ -52,13 +53,40 @@ def rmsnorm_quantize(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Scaled
     return _backend(x).rmsnorm_quantize(x, *args, **kwargs)
 
 
-def swiglu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+def swiglu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> Any:
+    """A `ScaledTensor`; with ``save_h`` also h itself as one."""
     return _backend(h).swiglu_quantize(h, *args, **kwargs)
 
 
 def swiglu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A `ScaledTensor`; with ``prob`` also the gradient of prob."""
     return _backend(dy).swiglu_backward_quantize(dy, *args, **kwargs)
+
+
+def measure_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _experts_backend(weights).measure_experts(weights)
+
+
+def quantize_experts(weights: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> GroupedTensor:
+    return _experts_backend(weights).quantize_experts(weights, *args, **kwargs)
+
+
+def _experts_backend(weights: Sequence[torch.Tensor]) -> Any:
+    """Nothing to ask for a device: the reference, which says so."""
+    return _backend(weights[0]) if len(weights) else reference
+
+
+def grouped_gemm(a: ScaledTensor, b: GroupedTensor, block_expert: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return _backend(a).grouped_gemm(a, b, block_expert, **kwargs)
+
+
+def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, **kwargs: Any) -> Any:
+    """``out``, which is required."""
+    return _backend(a_t).grouped_wgrad(a_t, b_t, offsets, **kwargs)
+
+
+def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
+    return _backend(q).grouped_fold_transpose(q, offsets, block_expert)
 
 
 def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
@@ -78,6 +106,7 @@ def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None =
 
 
 __all__ = [
+    "GroupedTensor",
     "RowMap",
     "chunk_map",
     "combine_rows",
@@ -88,11 +117,17 @@ __all__ = [
     "gather_rows",
     "gemm",
     "gemm_exact",
+    "grouped_fold_transpose",
+    "grouped_gemm",
+    "grouped_wgrad",
+    "measure_experts",
     "quantize",
+    "quantize_experts",
     "quantize_weight",
     "rmsnorm_quantize",
     "route_map",
     "rows_for",
+    "scaling_aware_transpose",
     "swiglu_backward_quantize",
     "swiglu_quantize",
 ]

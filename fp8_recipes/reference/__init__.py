@@ -1,12 +1,15 @@
 """Every operation in plain torch, fp32. The specification: kernels are tested against it, bit for bit where they move or round, in dB where they sum."""
 
 from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
+from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
 from .gemm import gemm, gemm_exact
+from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .permute import RowMap, chunk_map, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
 
 __all__ = [
+    "GroupedTensor",
     "RowMap",
     "chunk_map",
     "combine_rows",
@@ -17,11 +20,17 @@ __all__ = [
     "gather_rows",
     "gemm",
     "gemm_exact",
+    "grouped_fold_transpose",
+    "grouped_gemm",
+    "grouped_wgrad",
+    "measure_experts",
     "quantize",
+    "quantize_experts",
     "quantize_weight",
     "rmsnorm_quantize",
     "route_map",
     "rows_for",
+    "scaling_aware_transpose",
     "swiglu_backward_quantize",
     "swiglu_quantize",
 ]

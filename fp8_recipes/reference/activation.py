@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Literal, overload
 
 import torch
 
 from ..formats import E4M3, Format
 from ..tensor import ScaledTensor
-from .quantize import quantize
+from .quantize import dequantize, quantize
 
 
 def rmsnorm_quantize(
@@ -31,44 +31,98 @@ def check_prob(prob: torch.Tensor | None, rows: int) -> None:
         raise ValueError(f"prob must be contiguous fp32 ({rows},), one number per row of h; got {prob.dtype} {tuple(prob.shape)}")
 
 
-def swiglu(h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+def check_saved(h: ScaledTensor) -> None:
+    """Raise unless ``h`` is a saved fc1 output as ``swiglu_quantize(save_h=True)`` makes it: one scale per row."""
+    if h.granularity != "row" or h.global_scale is not None:
+        raise ValueError(f"h has {h.granularity} scales; a saved h has one scale per row: make it with swiglu_quantize(..., save_h=True)")
+
+
+def values_of(h: torch.Tensor | ScaledTensor) -> torch.Tensor:
+    """h in fp32."""
+    if isinstance(h, torch.Tensor):
+        return h.float()
+    check_saved(h)
+    return dequantize(h)
+
+
+def swiglu(h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up`` in fp32 for ``h = [gate | up]`` [rows, 2F]; times ``prob`` [rows] fp32 if given."""
     check_prob(prob, h.shape[0])
-    gate, up = h.float().chunk(2, dim=1)
+    gate, up = values_of(h).chunk(2, dim=1)
     y = gate * torch.sigmoid(gate) * up
     return y if prob is None else y * prob[:, None]
 
 
-def swiglu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
-) -> ScaledTensor:
-    """Quantised ``silu(gate) * up``; h: [rows, 2F] bf16 = [gate | up], result [rows, F].
-
-    prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation. A row with h = 0 and prob = 0 (padding) is exactly zero.
-    """
+def check_swiglu(h: torch.Tensor | ScaledTensor, save_h: bool) -> None:
+    """Raise unless ``h`` has two halves, and is not FP8 already where it is to be saved."""
     if h.shape[1] % 2:
         raise ValueError(f"h must be [rows, 2F] = [gate | up], got an odd width {h.shape[1]}")
-    return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
+    if isinstance(h, ScaledTensor):
+        check_saved(h)
+        if save_h:
+            raise ValueError("h is a ScaledTensor already; save_h=True is for a bf16 h")
 
 
-def check_halves(dy: torch.Tensor, h: torch.Tensor) -> None:
+@overload
+def swiglu_quantize(
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
+    save_h: Literal[False] = False,
+) -> ScaledTensor: ...
+
+
+@overload
+def swiglu_quantize(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None, save_h: Literal[True]
+) -> tuple[ScaledTensor, ScaledTensor]: ...
+
+
+def swiglu_quantize(
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
+    save_h: bool = False,
+) -> ScaledTensor | tuple[ScaledTensor, ScaledTensor]:
+    """Quantised ``silu(gate) * up``; h: [rows, 2F] bf16 = [gate | up], result [rows, F].
+
+    h may also be what an earlier call saved (a row-scaled `ScaledTensor`): to compute the product again.
+    prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation. A row with h = 0 and prob = 0 (padding) is exactly zero.
+    save_h: return (that, h itself in ``fmt`` under one scale per row over both halves, without tile exponents), what backward needs at half of bf16's bytes.
+    """
+    check_swiglu(h, save_h)
+    q = quantize(swiglu(h, prob), granularity, fmt, fold=fold)
+    if not save_h:
+        return q
+    assert isinstance(h, torch.Tensor)
+    saved = quantize(h, "row", fmt)
+    return q, ScaledTensor(saved.payload, saved.scale, "row")
+
+
+def check_halves(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> None:
     """Raise unless ``h`` is [rows, 2F] for ``dy`` [rows, F]."""
     if h.shape != (dy.shape[0], 2 * dy.shape[1]):
         raise ValueError(f"h must be [rows, 2F] for dy [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")
 
 
-def swiglu_backward(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu_backward(dy: torch.Tensor, h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> torch.Tensor:
     """Gradient of `swiglu` in fp32: ``[dgate | dup]`` [rows, 2F] from dy [rows, F]."""
     check_halves(dy, h)
     check_prob(prob, h.shape[0])
-    gate, up = h.float().chunk(2, dim=1)
+    gate, up = values_of(h).chunk(2, dim=1)
     s = torch.sigmoid(gate)
     silu = gate * s
     g = dy.float() if prob is None else dy.float() * prob[:, None]
     return torch.cat((g * up * (s + silu * (1 - s)), g * silu), dim=1)
 
 
-def swiglu_prob_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def swiglu_prob_gradient(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> torch.Tensor:
     """Gradient of `swiglu`'s prob, [rows] fp32: ``sum_f dy * silu(gate) * up``."""
     check_halves(dy, h)
     return (dy.float() * swiglu(h)).sum(dim=1)
@@ -76,20 +130,27 @@ def swiglu_prob_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 
 @overload
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
+    dy: torch.Tensor, h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
 ) -> ScaledTensor: ...
 
 
 @overload
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor
+    dy: torch.Tensor, h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor
 ) -> tuple[ScaledTensor, torch.Tensor]: ...
 
 
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+    dy: torch.Tensor,
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
 ) -> ScaledTensor | tuple[ScaledTensor, torch.Tensor]:
-    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F] bf16. One row has one scale over both halves.
+    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F], bf16 or as `swiglu_quantize` saved it. One row
+    of the result has one scale over both halves.
 
     With prob [rows] fp32 the result is (that gradient, the gradient of prob [rows] fp32).
     """

@@ -11,7 +11,9 @@ never bring them to the host, this reference does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -95,8 +97,8 @@ def check_grouped_gemm(a: ScaledTensor, b: GroupedTensor, block_expert: torch.Te
     _check_out(out, (a.shape[0], b.payload.shape[1]))
 
 
-def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise unless ``a_t [N, rows]`` and ``b_t [K, rows]`` multiply into ``out [E, N, K]``, expert by expert."""
+def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, out: torch.Tensor | Sequence[torch.Tensor]) -> None:
+    """Raise unless ``a_t [N, rows]`` and ``b_t [K, rows]`` multiply into ``out [E, N, K]`` (or E matrices [N, K]), expert by expert."""
     for name, q in (("a_t", a_t), ("b_t", b_t)):
         if q.payload.dim() != 2:
             raise ValueError(f"{name} must be a transposed payload [cols, rows], got shape {tuple(q.payload.shape)}; make it with grouped_fold_transpose")
@@ -109,7 +111,23 @@ def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.T
     if rows == 0 or rows % TILE:
         raise ValueError(f"a grouped buffer needs a positive multiple of {TILE} rows, got {rows}; pad every expert's group to {TILE} (zero tokens: one block)")
     check_offsets(offsets, experts, a_t.device)
-    _check_out(out, (experts, a_t.payload.shape[0], b_t.payload.shape[0]))
+    shape = (a_t.payload.shape[0], b_t.payload.shape[0])
+    if isinstance(out, torch.Tensor):
+        _check_out(out, (experts, *shape))
+    else:
+        _check_outs(out, experts, shape)
+
+
+def _check_outs(out: Sequence[torch.Tensor], experts: int, shape: tuple[int, int]) -> None:
+    """Raise unless ``out`` is one contiguous matrix per expert, alike in dtype and device."""
+    if len(out) != experts:
+        raise ValueError(f"out has {len(out)} matrices for {experts} experts; give one {shape} matrix per expert")
+    dtype, device = out[0].dtype, out[0].device
+    for e, t in enumerate(out):
+        if tuple(t.shape) != shape or not t.is_contiguous():
+            raise ValueError(f"out[{e}] must be contiguous of shape {shape}, got shape {tuple(t.shape)} with strides {t.stride()}")
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(f"out[{e}] is {t.dtype} on {t.device}, out[0] is {dtype} on {device}; all experts' gradients must be alike")
 
 
 def _check_out(out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -153,13 +171,32 @@ def grouped_gemm(
     return out
 
 
+@overload
 def grouped_wgrad(
     a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: torch.Tensor, accumulate: bool = False, promote: int = 0
-) -> torch.Tensor:
+) -> torch.Tensor: ...
+
+
+@overload
+def grouped_wgrad(
+    a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: Sequence[torch.Tensor], accumulate: bool = False, promote: int = 0
+) -> Sequence[torch.Tensor]: ...
+
+
+def grouped_wgrad(
+    a_t: GroupedTensor,
+    b_t: GroupedTensor,
+    offsets: torch.Tensor,
+    *,
+    out: torch.Tensor | Sequence[torch.Tensor],
+    accumulate: bool = False,
+    promote: int = 0,
+) -> torch.Tensor | Sequence[torch.Tensor]:
     """``dw[e, n, k] = scale_a[e, n] * scale_b[e, k] * sum_m a_t[n, m] b_t[k, m]`` over the rows m of expert e, summed in fp32.
 
     a_t: [N, rows] (the output's gradient), b_t: [K, rows] (the input), scales [E, N] and [E, K], from `grouped_fold_transpose`. offsets: int32 [E + 1].
-    out: [E, N, K] fp32 or bf16, overwritten or, with accumulate=True, added to. Experts without rows: zero, or left alone. promote: ignored here.
+    out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (the experts' main_grad); overwritten or, with accumulate=True, added to.
+    Experts without rows: zero, or left alone. promote: ignored here. Returns ``out``.
     """
     del promote
     check_grouped_wgrad(a_t, b_t, offsets, out)
@@ -168,7 +205,7 @@ def grouped_wgrad(
             continue
         y = a_t.payload[:, group].float() @ b_t.payload[:, group].float().t()  # [N, rows of this expert] @ [rows of this expert, K]
         y = y * a_t.scale[expert, :, None] * b_t.scale[expert]
-        out[expert] = (out[expert].float() + y if accumulate else y).to(out.dtype)
+        out[expert].copy_(out[expert].float() + y if accumulate else y)
     return out
 
 
