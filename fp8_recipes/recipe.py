@@ -31,7 +31,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "global_scale": ("unit", "measured"),
     "weight_scale": ("predicted", "measured"),
     "weight_cache": ("none", "row"),
+    "moe": ("none", "flow"),
+    "moe_saved": ("activation", "h", "input"),
 }
+
+RECIPES: dict[str, Recipe] = {}
+"""The named recipes; filled below."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Recipe:
         with more tokens run on the library's split accumulator, which promotes far more often.
     weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
     quantize: False leaves every product in bf16.
+    moe: "flow" runs a mixture-of-experts layer as one FP8 dataflow from dispatch to combine (`nn.moe`); "none" leaves it to whoever owns the layer.
+    moe_saved: what such a layer keeps for backward beside the quantised tokens as they arrived: "activation" (fc1's output h and the SwiGLU's, both FP8),
+        "h" (h in FP8; the SwiGLU again), or "input" (nothing; permute, fc1 and the SwiGLU again).
+    dense: name of the recipe that every other layer of the model runs; empty = this one.
     """
 
     name: str
@@ -69,6 +78,9 @@ class Recipe:
     promote: int = 8192
     weight_cache: str = "none"
     quantize: bool = True
+    moe: str = "none"
+    moe_saved: str = "h"
+    dense: str = ""
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -87,6 +99,22 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r}: global_scale=measured belongs to micro granularity; set activation_granularity=micro")
         if self.weight_scale == "predicted" and self.weight_granularity != "tensor":
             raise RecipeError(f"recipe {self.name!r}: weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor")
+        self._check_moe()
+
+    def _check_moe(self) -> None:
+        if self.moe == "flow":
+            for key, needed in (("quantize", True), ("fold", "row"), ("wgrad_fold", "column_block")):
+                if getattr(self, key) != needed:
+                    raise RecipeError(f"recipe {self.name!r}: moe=flow folds every operand of its grouped products; it needs {key}={needed}, or use moe=none")
+        if self.dense and self.dense not in RECIPES:
+            raise RecipeError(f"recipe {self.name!r}: dense={self.dense!r} is not one of {', '.join(RECIPES)}{_near(self.dense, tuple(RECIPES))}")
+        if self.dense and RECIPES[self.dense].moe != "none":
+            raise RecipeError(f"recipe {self.name!r}: dense={self.dense!r} is itself a recipe for experts; name the one for the other layers, for example moss")
+
+    @property
+    def dense_recipe(self) -> Recipe:
+        """What every layer outside the experts runs, with this recipe's interval: one optimizer has one clock for its predicted scales."""
+        return RECIPES[self.dense].with_overrides(interval=self.interval) if self.dense else self
 
     @property
     def activation_format(self) -> Format:
@@ -133,7 +161,11 @@ MOSS_EXACT = Recipe(
 TILE = Recipe("tile", activation_granularity="tile", grad_granularity="tile", weight_granularity="block", fold="none")
 """DeepSeek-V3's granularities: 1x128 activations and gradients, 128x128 weights. For checking; runs at bf16 speed."""
 
-RECIPES: dict[str, Recipe] = {r.name: r for r in (MOSS, MOSS_EXACT, TILE, ROW, BF16)}
+RECIPES.update({r.name: r for r in (MOSS, MOSS_EXACT, TILE, ROW, BF16)})
+
+FP8_FLOW_MOE = Recipe("fp8_flow_moe", weight_scale="predicted", moe="flow", dense="moss")
+"""FP8-Flow-MoE: experts in FP8 from dispatch to combine with two casts per layer and step; every other layer runs MOSS."""
+RECIPES[FP8_FLOW_MOE.name] = FP8_FLOW_MOE
 
 
 def from_name(spec: str) -> Recipe:

@@ -13,7 +13,7 @@ from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.recipe import RECIPES, Recipe, RecipeError, from_name, from_yaml
 
 
-@pytest.mark.parametrize("name", ["moss", "moss_exact", "tile", "row", "bf16"])
+@pytest.mark.parametrize("name", ["moss", "moss_exact", "tile", "row", "bf16", "fp8_flow_moe"])
 def test_named_recipes_exist_and_carry_their_name(name: str) -> None:
     assert from_name(name) is not None
     assert from_name(name).name == name
@@ -30,6 +30,17 @@ def test_what_the_named_recipes_are() -> None:
     tile = from_name("tile")
     assert (tile.activation_granularity, tile.grad_granularity, tile.weight_granularity, tile.folded) == ("tile", "tile", "block", False)
     assert not from_name("bf16").quantize
+    flow = from_name("fp8_flow_moe")
+    assert (flow.moe, flow.dense, flow.moe_saved, flow.weight_scale, flow.folded) == ("flow", "moss", "h", "predicted", True)
+    assert all(recipe.moe == "none" and recipe.dense_recipe is recipe for name, recipe in RECIPES.items() if name != "fp8_flow_moe")
+
+
+def test_dense_recipe_shares_the_clock() -> None:
+    assert from_name("fp8_flow_moe").dense_recipe == RECIPES["moss"]
+    assert from_name("fp8_flow_moe:interval=7").dense_recipe == from_name("moss:interval=7")
+    assert from_name("fp8_flow_moe:dense=bf16").dense_recipe.quantize is False
+    alone = from_name("fp8_flow_moe:dense=")
+    assert alone.dense_recipe is alone
 
 
 def test_overrides_are_typed() -> None:
@@ -44,8 +55,8 @@ def test_overrides_are_typed() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mos", r"unknown recipe 'mos'; known: moss, moss_exact, tile, row, bf16 \(did you mean moss"),
-        ("zzz", r"unknown recipe 'zzz'; known: .*bf16$"),
+        ("mos", r"unknown recipe 'mos'; known: moss, moss_exact, tile, row, bf16, fp8_flow_moe \(did you mean moss"),
+        ("zzz", r"unknown recipe 'zzz'; known: .*fp8_flow_moe$"),
         ("moss:intervall=3", r"recipe 'moss' has no key 'intervall' \(did you mean interval.*\); keys: name, activation"),
         ("moss:interval", r"'moss:interval': override 'interval' must be key=value"),
         ("moss:interval=often", r"recipe 'moss': interval='often' must be an integer"),
@@ -67,6 +78,13 @@ def test_overrides_are_typed() -> None:
         ("row:weight_granularity=block", r"weight_granularity=block changes along K; use fold=none with it"),
         ("moss:global_scale=measured", r"an FP32 global scale cannot be folded; use global_scale=unit, or fold=none"),
         ("row:fold=none,global_scale=measured", r"global_scale=measured belongs to micro granularity; set activation_granularity=micro"),
+        ("moss:moe=flows", r"moe='flows' is not one of none, flow \(did you mean flow\?\)"),
+        ("fp8_flow_moe:moe_saved=all", r"moe_saved='all' is not one of activation, h, input"),
+        ("moss_exact:moe=flow", r"moe=flow folds every operand of its grouped products; it needs fold=row, or use moe=none"),
+        ("fp8_flow_moe:wgrad_fold=tensor", r"it needs wgrad_fold=column_block, or use moe=none"),
+        ("bf16:moe=flow", r"it needs quantize=True, or use moe=none"),
+        ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
+        ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),
         ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),
     ],
 )
