@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import GroupedTensor, RowMap, copies_of_rows, dequantize, rows_for, scaling_aware_transpose
+from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, rows_for, scaling_aware_transpose
 from .tensor import ScaledTensor
 
 
@@ -105,12 +105,36 @@ def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None =
     return _backend(y).combine_rows(y, row_map, weight)
 
 
+def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int = 0) -> SendMap:
+    return _backend(expert_index).send_map(expert_index, num_experts, ranks, tag)
+
+
+def pack_rows(q: ScaledTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _backend(q).pack_rows(q, *args, **kwargs)
+
+
+def unpack_rows(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]:
+    return _backend(buffer).unpack_rows(buffer, layout, dtype)
+
+
+def combine_sent(y: torch.Tensor, send: SendMap) -> torch.Tensor:
+    return _backend(y).combine_sent(y, send)
+
+
+def copies_of_sent(values: torch.Tensor, send: SendMap) -> torch.Tensor:
+    return _backend(values).copies_of_sent(values, send)
+
+
 __all__ = [
     "GroupedTensor",
+    "RowLayout",
     "RowMap",
+    "SendMap",
     "chunk_map",
     "combine_rows",
+    "combine_sent",
     "copies_of_rows",
+    "copies_of_sent",
     "dequantize",
     "fold",
     "fold_transpose",
@@ -121,6 +145,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "measure_experts",
+    "pack_rows",
     "quantize",
     "quantize_experts",
     "quantize_weight",
@@ -128,6 +153,8 @@ __all__ = [
     "route_map",
     "rows_for",
     "scaling_aware_transpose",
+    "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "unpack_rows",
 ]

@@ -1,6 +1,7 @@
 """Every operation in plain torch, fp32. The specification: kernels are tested against it, bit for bit where they move or round, in dB where they sum."""
 
 from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
+from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
 from .gemm import gemm, gemm_exact
@@ -10,10 +11,14 @@ from .quantize import dequantize, quantize, quantize_weight
 
 __all__ = [
     "GroupedTensor",
+    "RowLayout",
     "RowMap",
+    "SendMap",
     "chunk_map",
     "combine_rows",
+    "combine_sent",
     "copies_of_rows",
+    "copies_of_sent",
     "dequantize",
     "fold",
     "fold_transpose",
@@ -24,6 +29,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "measure_experts",
+    "pack_rows",
     "quantize",
     "quantize_experts",
     "quantize_weight",
@@ -31,6 +37,8 @@ __all__ = [
     "route_map",
     "rows_for",
     "scaling_aware_transpose",
+    "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "unpack_rows",
 ]

@@ -206,9 +206,14 @@ def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None =
     Returns [T, H] bf16.
     """
     check_combine(y, row_map, weight)
-    total = torch.zeros(row_map.tokens, y.shape[1], device=y.device)
-    for k in range(row_map.copies_per_token):
-        row = row_map.destination[:, k].long()
+    return sum_rows(y, row_map.destination, weight)
+
+
+def sum_rows(y: torch.Tensor, destination: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of `combine_rows`: ``sum_k weight[t, k] * y[destination[t, k]]`` over destination [T, K] int32, -1 = nothing."""
+    total = torch.zeros(destination.shape[0], y.shape[1], device=y.device)
+    for k in range(destination.shape[1] if y.shape[0] else 0):
+        row = destination[:, k].long()
         part = y[row.clamp(min=0)].float()
         if weight is not None:
             part = part * weight[:, k, None]
