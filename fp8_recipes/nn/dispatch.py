@@ -1,0 +1,206 @@
+"""Tokens to their experts' ranks in FP8, and results back in bf16: one interface, three ways to travel. No autograd; `nn.moe` calls these from both passes.
+
+    plan = d.plan(expert_index, num_experts)              who sends how many rows to whom: the only wait of the host, and it comes as late as it can
+    q', index', prob' = d.dispatch(q, prob, plan)         payload, scales, tile exponents, local expert ids and probabilities: one buffer, one collective
+    y = d.combine(y', plan)                               one bf16 row per token and rank comes back; summed in fp32 in the order of the ranks
+    dprob = d.combine_prob(dprob', plan)                  and one fp32 number per copy, for the router
+
+`Local` is the identity, for a model without expert parallelism. `AllToAll` runs on any backend with all_to_all_single (NCCL; gloo on the CPU). `DeepEP` uses
+DeepSeek's library. The gradient of a dispatch is a combine with the same plan, and the other way round: dispatch(q, None, plan) sends gradients, without
+ids and probabilities, which the receiver still has.
+
+A rank that leaves the group while the others wait is an error on all of them, at the latest when the process group's timeout ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .. import ops
+from ..reference.dispatch import HEADER, SendMap, check_send, row_layout
+from ..tensor import ScaledTensor
+
+Dispatched = tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]
+
+
+class Dispatcher(Protocol):
+    """What `nn.moe` asks of a way to travel. T tokens of this rank, R received rows, K copies per token, L local experts."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that share the experts."""
+
+    def plan(self, expert_index: torch.Tensor, num_experts: int) -> Any:
+        """expert_index: [T, K] int32, ids in the whole model, -1 = dropped copy. num_experts: of the whole model, a multiple of `size`."""
+
+    def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: Any) -> Dispatched:
+        """q: [T, H] of row granularity. prob: [T, K] fp32, None in the backward pass. Returns q [R, H], local ids [R, K] int32 (-1: not here), prob [R, K]."""
+
+    def combine(self, y: torch.Tensor, plan: Any) -> torch.Tensor:
+        """y: [R, H] bf16, the sum over the local experts of each received row. Returns [T, H] bf16."""
+
+    def combine_prob(self, dprob: torch.Tensor, plan: Any) -> torch.Tensor:
+        """dprob: [R, K] fp32, 0 where a copy is not here. Returns [T, K] fp32."""
+
+
+def check_rows(t: torch.Tensor, rows: int, name: str) -> None:
+    if t.dim() != 2 or t.shape[0] != rows:
+        raise ValueError(f"{name} must be [{rows}, cols], one row for each that the plan has here; got shape {tuple(t.shape)}")
+
+
+class Local:
+    """Every expert is here: nothing travels."""
+
+    size = 1
+
+    def plan(self, expert_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+        check_send(expert_index, num_experts, 1)
+        return expert_index
+
+    def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: torch.Tensor) -> Dispatched:
+        check_rows(q.payload, plan.shape[0], "q")
+        return (q, None, None) if prob is None else (q, plan, prob)
+
+    def combine(self, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        check_rows(y, plan.shape[0], "y")
+        return y
+
+    def combine_prob(self, dprob: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+        check_rows(dprob, plan.shape[0], "dprob")
+        return dprob
+
+
+@dataclass
+class Plan:
+    """Where the rows of one routing go. Made by `AllToAll.plan`; everything that waits for the device is behind `splits`."""
+
+    expert_index: torch.Tensor
+    send: SendMap
+    headers: torch.Tensor
+    """[ranks, ranks + 2] int32 on the host: every rank's `SendMap.header`; complete once ``arrived`` is."""
+    arrived: torch.cuda.Event | None
+    rank: int
+    _splits: tuple[list[int], list[int]] | None = field(default=None, repr=False)
+
+    @property
+    def splits(self) -> tuple[list[int], list[int]]:
+        """(rows to each rank, rows from each rank). The first use waits for the counts; raises on every rank if any rank's routing is wrong."""
+        if self._splits is None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            check_headers(self.headers, self.send.num_experts)
+            counts = self.headers[:, : self.send.ranks]
+            self._splits = counts[self.rank].tolist(), counts[:, self.rank].tolist()
+        return self._splits
+
+    @property
+    def sent_rows(self) -> int:
+        """Rows that this rank sends, those to itself included."""
+        return sum(self.splits[0])
+
+    @property
+    def received_rows(self) -> int:
+        """R: rows that this rank receives, its own included."""
+        return sum(self.splits[1])
+
+
+def check_headers(headers: torch.Tensor, num_experts: int) -> None:
+    """Raise if the ranks' headers [ranks, ranks + 2] do not fit together: the same message on every rank, because every rank sees all headers."""
+    bad, tag = headers[:, -HEADER:].unbind(1)
+    if bool((tag != tag[0]).any()):
+        raise ValueError(f"the ranks are not at the same plan, they have made {tag.tolist()}; call plan equally often and in the same order on every rank")
+    if bool(bad.any()):
+        where = ", ".join(f"{n} on rank {r}" for r, n in enumerate(bad.tolist()) if n)
+        raise ValueError(f"expert_index has ids outside -1 .. {num_experts - 1}: {where}; ids count the experts of the whole model, -1 drops a copy")
+
+
+class AllToAll:
+    """One all_to_all_single of packed rows, over a process group (None: the default one); its ranks hold num_experts / size experts each, in order.
+
+    What must be the same on all ranks (experts, K, columns, format) is compared the first time it is used, and costs nothing afterwards.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._plans = 0
+        self._agreed: set[tuple[object, ...]] = set()
+
+    def plan(self, expert_index: torch.Tensor, num_experts: int) -> Plan:
+        """Counts this rank's rows on the device and starts to tell the others; on a GPU the host waits, and errors come, when the counts are first used.
+
+        Launch what does not depend on them (the cast) between this and `dispatch`.
+        """
+        copies = expert_index.shape[-1] if expert_index.dim() else 0
+        self._agree(expert_index.device, what="routing", num_experts=num_experts, K=copies)
+        self._plans += 1
+        send = ops.send_map(expert_index, num_experts, self.size, tag=self._plans)
+        headers = send.header.new_empty(self.size, send.header.numel())
+        self._collective(dist.all_gather_into_tensor, headers.view(-1), send.header)
+        if not headers.is_cuda:
+            plan = Plan(expert_index, send, headers, None, self.rank)
+            _ = plan.splits  # nothing to wait for: wrong routing raises here
+            return plan
+        host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
+        host.copy_(headers, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Plan(expert_index, send, host, arrived, self.rank)
+
+    @torch.no_grad()
+    def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: Plan) -> Dispatched:
+        copies = 0 if prob is None else plan.send.copies_per_token
+        layout = row_layout(q, copies)
+        self._agree(q.device, what="rows", columns=layout.cols, tile_exponents=layout.tiles, K=copies, format=str(q.payload.dtype))
+        sent, received = plan.splits
+        packed = ops.pack_rows(q, plan.send, sum(sent), None if prob is None else plan.expert_index, prob)
+        return ops.unpack_rows(self._exchange(packed, sent, received), layout, q.payload.dtype)
+
+    @torch.no_grad()
+    def combine(self, y: torch.Tensor, plan: Plan) -> torch.Tensor:
+        sent, received = plan.splits
+        check_rows(y, sum(received), "y")
+        self._agree(y.device, what="results", columns=y.shape[1], dtype=str(y.dtype))
+        back = self._exchange(y.view(torch.uint8), received, sent)
+        return ops.combine_sent(back.view(y.dtype), plan.send)
+
+    @torch.no_grad()
+    def combine_prob(self, dprob: torch.Tensor, plan: Plan) -> torch.Tensor:
+        sent, received = plan.splits
+        check_rows(dprob, sum(received), "dprob")
+        back = self._exchange(dprob.view(torch.uint8), received, sent)
+        return ops.copies_of_sent(back.view(dprob.dtype), plan.send)
+
+    def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Rows of bytes, ranks one after the other -> the rows for this rank, in the order of the ranks they come from."""
+        out = rows.new_empty(sum(received), rows.shape[1])
+        self._collective(dist.all_to_all_single, out, rows, received, sent)
+        return out
+
+    def _collective(self, call: Any, *args: Any) -> None:
+        try:
+            call(*args, group=self.group)
+        except RuntimeError as error:
+            text = f"{call.__name__} over {self.size} ranks failed on rank {self.rank}: a rank died, left the group or did not call it within the timeout"
+            raise RuntimeError(f"{text} ({error})") from error
+
+    def _agree(self, device: torch.device, **terms: object) -> None:
+        """Raise on every rank, with what each has, unless all have the same terms. Compared once; the ranks talk about the first use of new terms only."""
+        key = tuple(terms.items())
+        if key in self._agreed:
+            return
+        everyone: list[Any] = [None] * self.size
+        self._collective(dist.all_gather_object, everyone, terms)
+        if any(other != terms for other in everyone):
+            raise_disagreement(everyone)
+        self._agreed.add(key)
+
+
+def raise_disagreement(everyone: list[dict[str, object]]) -> NoReturn:
+    """everyone: the terms of each rank, which are not all the same."""
+    shown = "; ".join(f"rank {r}: " + ", ".join(f"{k} {v}" for k, v in terms.items()) for r, terms in enumerate(everyone))
+    raise ValueError(f"the ranks of the group do not fit together ({shown}); give every rank the same model, recipe and order of calls")
