@@ -4,12 +4,16 @@ Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the ref
 tensors, for tests.
 """
 
+from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
 from .gemm import gemm
+from .grouped_gemm import grouped_gemm, grouped_wgrad
+from .grouped_transpose import grouped_fold_transpose
 from .permute import chunk_map, combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
+from .xielu import xielu_backward_quantize, xielu_quantize
 
 __all__ = [
     "chunk_map",
@@ -18,10 +22,17 @@ __all__ = [
     "fold_transpose",
     "gather_rows",
     "gemm",
+    "grouped_fold_transpose",
+    "grouped_gemm",
+    "grouped_wgrad",
+    "measure_experts",
     "quantize",
+    "quantize_experts",
     "quantize_weight",
     "rmsnorm_quantize",
     "route_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "xielu_backward_quantize",
+    "xielu_quantize",
 ]
