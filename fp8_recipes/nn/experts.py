@@ -1,0 +1,252 @@
+"""The experts of a mixture-of-experts layer as one autograd function: from the tokens before dispatch to the tokens after combine.
+
+    forward    x bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc1-> h bf16 -[SwiGLU x prob + quantise]-> FP8 -fc2-> bf16 -unpermute, sum-> y
+    backward   dy bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc2 dgrad-> bf16 -[dSwiGLU + quantise]-> FP8 -fc1 dgrad-> bf16 -> dx
+               wgrads from the payloads that are there anyway, folded to column blocks per expert
+
+Two casts stand alone, one in each pass; every other FP8 tensor is written by a kernel that had to run anyway. Saved for backward: the tokens as they arrived
+(H bytes each, not one copy per expert), the index tensors of the permutation, prob, and what the recipe's ``moe_saved`` says of fc1's output. All sizes that
+depend on the routing stay on the device; the host waits for nothing here (`nn.dispatch` says where it does).
+
+Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, L experts of this rank, rows = rows of the grouped buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..recipe import Recipe
+from ..reference.grouped import GroupedTensor
+from ..tensor import TILE, ScaledTensor
+from ..weight_scaling import ATTRIBUTE, BF16_ROUNDING, PredictedScale
+from .dispatch import Dispatcher
+
+_TOGETHER = "fp8_experts_anchor"
+"""The first expert's parameter carries its layer's `_Anchor` under this name."""
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """Maxima of all experts' weights, measured together. Each parameter's `PredictedScale` holds its element, so that whoever looks there finds it."""
+
+    amax: torch.Tensor
+    elements: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One weight of every expert as an operand: the parameters and the scales under which they are cast whenever a product needs them.
+
+    weights: L times [N, K]. amax: [L] fp32, increment: float; both fixed when the operand is made, so fprop and dgrad see one scale.
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    recipe: Recipe
+    amax: torch.Tensor
+    increment: float = 0.0
+
+    def row(self) -> GroupedTensor:
+        """[L, N, K] payload for fprop."""
+        return ops.quantize_experts(self.weights, self.amax, self.increment, self.recipe.weight_format)
+
+    def transposed(self) -> GroupedTensor:
+        """[L, K, N] payload for dgrad, of the same values as `row`."""
+        return ops.quantize_experts(self.weights, self.amax, self.increment, self.recipe.weight_format, transpose=True)
+
+
+def expert_operand(weights: Sequence[torch.Tensor], recipe: Recipe) -> ExpertWeights:
+    """Fix the experts' scales for one forward and backward: predicted if every parameter is under automatic scaling, else measured now, in one launch."""
+    states = [w.__dict__[ATTRIBUTE] for w in weights if ATTRIBUTE in w.__dict__] if recipe.weight_scale == "predicted" else []
+    amax, increment = _predicted(weights, states) if len(states) == len(weights) else (_measure(weights), 0.0)
+    return ExpertWeights(tuple(weights), recipe, amax, increment)
+
+
+def _measure(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Largest |w| of each expert, widened as `weight_scaling.measure_amax` does; [L] fp32."""
+    return ops.measure_experts([w.detach() for w in weights]) * (1 + BF16_ROUNDING) ** 2
+
+
+def _predicted(weights: Sequence[torch.Tensor], states: Sequence[PredictedScale]) -> tuple[torch.Tensor, float]:
+    """(amax [L], increment) with ``amax(w_e) <= amax[e] + increment``. Experts are measured together, so one of them speaks for all."""
+    first = states[0]
+    anchor: _Anchor | None = getattr(weights[0], _TOGETHER, None)
+    if anchor is None or first.due() or any(s.anchor_amax is not e for s, e in zip(states, anchor.elements, strict=True)):
+        if any(s.clock is not first.clock or s.group is not first.group for s in states):
+            raise ValueError("the experts of one layer must be tracked by one WeightScaling clock, in one group; track them together")
+        first.clock.close_step()
+        amax = _measure(weights)
+        if first.group is not None:
+            torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=first.group)
+        anchor = _Anchor(amax, amax.unbind())
+        setattr(weights[0], _TOGETHER, anchor)
+        for state, element in zip(states, anchor.elements, strict=True):
+            state.anchor_amax, state.anchor_travel = element, state.clock.travel
+            state.anchor_step, state.generation = state.clock.steps, state.clock.generation
+    return anchor.amax, (first.clock.travel - first.anchor_travel) * (1 + BF16_ROUNDING)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What `run_experts` needs beside tensors. num_experts: of the whole model. save: keep for backward (False: inference, or a pass that is recomputed)."""
+
+    recipe: Recipe
+    dispatcher: Dispatcher
+    num_experts: int
+    save: bool = True
+
+    def activation(self) -> dict[str, Any]:
+        """Granularity, format and fold of a quantised activation."""
+        r = self.recipe
+        return {"granularity": r.activation_granularity, "fmt": r.activation_format, "fold": None if r.activation_granularity == "row" else "row"}
+
+    def grad(self) -> dict[str, Any]:
+        r = self.recipe
+        return {"granularity": r.grad_granularity, "fmt": r.grad_format, "fold": None if r.grad_granularity == "row" else "row"}
+
+
+def _quantize(x: torch.Tensor, how: dict[str, Any]) -> ScaledTensor:
+    """x: [T, H] -> row scales with tile exponents. T may be 0: this rank still takes part in the collectives."""
+    if x.shape[0]:
+        return ops.quantize(x, **how)
+    payload = torch.empty(x.shape, dtype=how["fmt"].dtype, device=x.device)
+    tiles = torch.empty(0, -(-x.shape[1] // TILE), dtype=torch.uint8, device=x.device)
+    return ScaledTensor(payload, torch.empty(0, device=x.device), "row", tile_exponent=tiles)
+
+
+def _fc1(q: ScaledTensor, row_map: ops.RowMap, w1: ExpertWeights) -> torch.Tensor:
+    """Permute + pad and the first product: h [rows, 2F] bf16."""
+    rows, _ = ops.gather_rows(q, row_map)
+    return ops.grouped_gemm(rows, w1.row(), row_map.block_expert)
+
+
+class _Experts(torch.autograd.Function):
+    """See `run_experts`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, *weights: torch.Tensor) -> torch.Tensor:
+        recipe, dispatcher = flow.recipe, flow.dispatcher
+        experts = len(weights) // 2
+        w1, w2 = expert_operand(weights[:experts], recipe), expert_operand(weights[experts:], recipe)
+        plan = dispatcher.plan(expert_index, flow.num_experts)
+        q = _quantize(x.detach(), flow.activation())  # cast 1
+        w1_row = w1.row()  # launched before the dispatcher has to wait for its counts
+        q, index, arrived_prob = dispatcher.dispatch(q, prob.detach(), plan)
+        assert index is not None
+        row_map = ops.route_map(index, experts)
+        rows, row_prob = ops.gather_rows(q, row_map, arrived_prob)
+        h = ops.grouped_gemm(rows, w1_row, row_map.block_expert)  # [rows, H] @ [H, 2F]
+        del rows, w1_row
+        keep_h = flow.save and recipe.moe_saved != "input"
+        act = ops.swiglu_quantize(h, **flow.activation(), prob=row_prob, save_h=keep_h)
+        del h
+        act, saved_h = act if keep_h else (act, None)
+        y = ops.grouped_gemm(act, w2.row(), row_map.block_expert)  # [rows, F] @ [F, H]
+        if flow.save:
+            kept = act if recipe.moe_saved == "activation" else None
+            ctx.save_for_backward(*_tensors(q), *_tensors(saved_h), *_tensors(kept), row_prob, *_index(row_map))
+            ctx.flow, ctx.plan, ctx.operands, ctx.dtype = flow, plan, (w1, w2), x.dtype
+            ctx.weights = weights  # the parameters themselves: main_grad is an attribute of these very objects
+            ctx.versions = [w._version for w in weights]
+        del act, saved_h
+        return dispatcher.combine(ops.combine_rows(y, row_map), plan).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flow: Flow = ctx.flow
+        need_x, need_prob, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
+        saved = ctx.saved_tensors  # a second backward is refused here
+        if [w._version for w in ctx.weights] != ctx.versions:
+            raise RuntimeError("an expert's weight was modified by an inplace operation between forward and backward; dgrad would see another weight")
+        ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use, not after this function
+        q, h, act, row_prob = _scaled(saved[0:3]), _scaled(saved[3:6]), _scaled(saved[6:9]), saved[9]
+        row_map, (w1, w2), plan = ops.RowMap(*saved[10:15]), ctx.operands, ctx.plan
+        del saved
+        assert q is not None
+        dyq, _, _ = flow.dispatcher.dispatch(_quantize(dy.contiguous(), flow.grad()), None, plan)  # cast 2
+        dyq, _ = ops.gather_rows(dyq, row_map)
+        recomputed = _fc1(q, row_map, w1) if h is None else h
+        del h
+        dw2: Sequence[torch.Tensor | None] = [None] * len(w2.weights)
+        if need_w:
+            act = ops.swiglu_quantize(recomputed, **flow.activation(), prob=row_prob) if act is None else act
+            dw2 = _weight_gradients([dyq, act], w2, row_map)
+        del act
+        da = ops.grouped_gemm(dyq, w2.transposed(), row_map.block_expert)  # [rows, H] @ [H, F]
+        del dyq
+        dh, drow_prob = ops.swiglu_backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
+        del da, recomputed
+        dx = dprob = None
+        if need_x:
+            rows = ops.grouped_gemm(dh, w1.transposed(), row_map.block_expert)  # [rows, 2F] @ [2F, H]
+            dx = ops.combine_rows(rows, row_map)
+            del rows
+            dx = flow.dispatcher.combine(dx, plan).to(ctx.dtype)
+        if need_prob:
+            dprob = flow.dispatcher.combine_prob(ops.copies_of_rows(drow_prob, row_map), plan)
+        dw1: Sequence[torch.Tensor | None] = [None] * len(w1.weights)
+        if need_w:
+            operands = [dh, ops.gather_rows(q, row_map)[0]]
+            del dh, q
+            dw1 = _weight_gradients(operands, w1, row_map)
+        return dx, dprob, None, None, *dw1, *dw2
+
+
+def run_experts(
+    x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """x [T, H], prob [T, K] fp32, expert_index [T, K] int32, w1 L times [2F, H], w2 L times [H, F] -> [T, H]. Arguments are checked by `nn.moe.moe_experts`."""
+    return _Experts.apply(x, prob, expert_index, flow, *w1, *w2)
+
+
+def _tensors(q: ScaledTensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    return (None, None, None) if q is None else (q.payload, q.scale, q.tile_exponent)
+
+
+def _scaled(saved: Sequence[Any]) -> ScaledTensor | None:
+    payload, scale, tile_exponent = saved
+    return None if payload is None else ScaledTensor(payload, scale, "row", tile_exponent=tile_exponent)
+
+
+def _index(row_map: ops.RowMap) -> tuple[torch.Tensor, ...]:
+    return row_map.source, row_map.destination, row_map.offsets, row_map.block_expert, row_map.counts
+
+
+def _weight_gradients(operands: list[ScaledTensor], weight: ExpertWeights, row_map: ops.RowMap) -> Sequence[torch.Tensor | None]:
+    """dw of every expert from [dy [rows, N], x [rows, K]]; the list is emptied, so that a payload of which the caller keeps no name is freed once folded.
+
+    Written or added into the experts' ``main_grad`` where they have one; the results are then None, or for Megatron (``grad_added_to_main_grad``) a dummy.
+    """
+    offsets, block_expert = row_map.offsets, row_map.block_expert
+    x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [K, rows]
+    dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [N, rows]
+    weights, promote = weight.weights, weight.recipe.promote
+    main_grads = [getattr(w, "main_grad", None) for w in weights]
+    if main_grads[0] is None:
+        out = torch.empty(len(weights), *weights[0].shape, dtype=weights[0].dtype, device=weights[0].device)
+        return ops.grouped_wgrad(dy_t, x_t, offsets, out=out, promote=promote).unbind()
+    overwrite = getattr(weights[0], "overwrite_main_grad", False)
+    ops.grouped_wgrad(dy_t, x_t, offsets, out=main_grads, accumulate=not overwrite, promote=promote)
+    return [_after_accumulation(w) for w in weights]
+
+
+_dummies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+
+def _after_accumulation(weight: Any) -> torch.Tensor | None:
+    """Megatron's protocol: the flag says that main_grad has the gradient, and a tensor must come back so that its hooks on the parameter run."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    key = (weight.shape, weight.dtype, weight.device)
+    if key not in _dummies:
+        _dummies[key] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return _dummies[key].detach()
