@@ -20,6 +20,7 @@ from typing import Any
 from .. import recipe as recipes
 from ..recipe import Recipe, RecipeError
 from ..weight_scaling import adam_update_bound
+from . import moe_arguments
 
 STOCK = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
 """Values of --fp8-recipe that belong to Megatron 0.19."""
@@ -41,6 +42,19 @@ def resolve(spec: str) -> Recipe:
 def is_ours(spec: str | None) -> bool:
     """Is this value of --fp8-recipe one of ours (as opposed to Megatron's own)?"""
     return spec is not None and str(getattr(spec, "value", spec)) not in STOCK
+
+
+def in_force(args: Any) -> str | None:
+    """The specification of our recipe that this run trains with, None under Megatron's own recipes and bf16. ``args``: prepared arguments, or a config."""
+    spec = getattr(args, "fp8_recipe", None)
+    if not is_ours(spec) or not (args.fp8 or is_flow(spec)):
+        return None
+    return str(spec)
+
+
+def is_flow(spec: str | None) -> bool:
+    """Does this value of --fp8-recipe run MoE layers as one FP8 dataflow (`moe`)?"""
+    return spec is not None and is_ours(spec) and resolve(str(spec)).moe == "flow"
 
 
 def recipe_type(value: str) -> str:
@@ -96,19 +110,24 @@ def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str
     if not resolve(spec).quantize:
         args.fp8, args.fp8_recipe = None, "delayed"
         return [f"--fp8-recipe {spec}: every product in bf16"]
+    if not resolve(spec).dense_recipe.quantize:  # Megatron's FP8 layers are off, the experts are not
+        args.fp8 = None
+        return [f"--fp8-recipe {spec}: every product outside the experts in bf16"]
     if args.fp8 is None:
         args.fp8 = "e4m3"
     elif args.fp8 == "hybrid" and "grad=" not in spec and resolve(spec).grad != "e5m2":
         args.fp8_recipe = f"{spec},grad=e5m2" if ":" in spec else f"{spec}:grad=e5m2"
-        return [f"--fp8-format hybrid: gradients in E5M2 ({args.fp8_recipe}); leave the flag out for this recipe's own formats"]
+        where = "experts' gradients" if resolve(spec).dense else "gradients"
+        return [f"--fp8-format hybrid: {where} in E5M2 ({args.fp8_recipe}); leave the flag out for this recipe's own formats"]
     return []
 
 
 def validate(args: argparse.Namespace) -> list[str]:
     """Everything that our recipe cannot honour in these (parsed, not yet validated) Megatron arguments. One sentence each: flag, reason, way out."""
-    if not is_ours(args.fp8_recipe) or args.fp8 is None:
+    if in_force(args) is None:
         return []
-    return _refused_flags(args) + _refused_optimizer(args) + _misaligned(args)
+    experts = moe_arguments.refused(args) if is_flow(args.fp8_recipe) else []
+    return _refused_flags(args) + experts + _refused_optimizer(args) + _misaligned(args)
 
 
 def _refused_flags(args: argparse.Namespace) -> list[str]:
@@ -118,9 +137,9 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
         (args.transformer_impl != "transformer_engine", f"--transformer-impl {args.transformer_impl}: only transformer_engine has FP8 layers; use it"),
         (not args.bf16, "--bf16 is missing: parameters and outputs are bf16 under these recipes (fp16 and fp32 are untested)"),
         (
-            num_experts is not None,
+            num_experts is not None and not is_flow(spec),
             f"--num-experts {num_experts}: {spec} is a dense recipe and TransformerEngine's GroupedLinear cannot dispatch a custom product; "
-            "use --fp8-recipe blockwise or tensorwise for MoE",
+            "use --fp8-recipe fp8_flow_moe, or Megatron's blockwise or tensorwise",
         ),
         (args.fp8_param_gather, "--fp8-param-gather: parameters stay bf16 here (FP8 copies of weights are transient); drop the flag"),
         (getattr(args, "fp4", None) is not None, f"--fp4-format {getattr(args, 'fp4', None)}: exclusive with an FP8 recipe; drop one of them"),
@@ -149,7 +168,8 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
 
 
 def _refused_optimizer(args: argparse.Namespace) -> list[str]:
-    if resolve(args.fp8_recipe).weight_scale != "predicted" or getattr(args, "optimizer", "adam") != "adam":
+    recipe = resolve(args.fp8_recipe)
+    if "predicted" not in (recipe.weight_scale, recipe.dense_recipe.weight_scale) or getattr(args, "optimizer", "adam") != "adam":
         return []  # other optimizers are measured at every step and announced by the hook
     try:
         adam_update_bound(args.adam_beta1, args.adam_beta2)

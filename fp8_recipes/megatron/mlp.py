@@ -67,12 +67,12 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
     )
 
 
-def _before_forward(mlp: Any) -> None:
+def before_forward(mlp: Any) -> None:
     """Fire the linears' own pre-forward hooks: DistributedDataParallel waits there for gathered parameters, and the fused way does not call the modules."""
     for module in chain(mlp.linear_fc1.modules(), mlp.linear_fc2.modules()):
         for hook in module._forward_pre_hooks.values():
             if hook(module, None) is not None:
-                raise RuntimeError(f"a pre-forward hook of {type(module).__name__} changes its input, which the fused MLP never builds; remove the hook")
+                raise RuntimeError(f"a pre-forward hook of {type(module).__name__} changes its input, which a fused layer never builds; remove the hook")
 
 
 def forward(original: Any) -> Any:
@@ -82,7 +82,7 @@ def forward(original: Any) -> Any:
         options = fused_options(self, per_token_scale, kwargs)
         if options is None:
             return original(self, hidden_states, per_token_scale, **kwargs)
-        _before_forward(self)
+        before_forward(self)
         fc1, fc2 = self.linear_fc1, self.linear_fc2
         y = norm_swiglu_mlp(hidden_states, fc1.layer_norm_weight, fc1.weight, fc2.weight, options)
         fc1.is_first_microbatch = fc2.is_first_microbatch = False

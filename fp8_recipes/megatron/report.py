@@ -24,27 +24,29 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
             rows.setdefault((name, shape, precision), []).append(layer)
     spec = str(args.fp8_recipe)
     title = f"fp8_recipes {__version__}: --fp8-recipe {spec}"
-    if getattr(args, "fp8", None) and arguments.is_ours(spec):
-        title += f"\n  {arguments.resolve(spec)}"
+    if arguments.in_force(args):
+        recipe = arguments.resolve(spec)
+        title += f"\n  {recipe}" + (f"\n  other layers: {recipe.dense_recipe}" if recipe.dense else "")
     body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
     widths = [max(len(row[column]) for row in body) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
-    return "\n".join([title, *("  " + line for line in lines + _fused_mlps(args, chunks))])
+    return "\n".join([title, *("  " + line for line in lines + _moe_layers(args, chunks) + _fused_mlps(args, chunks))])
 
 
 def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
     """Whether the MLPs run as one function (see `mlp`) or module by module, and why."""
-    if not (getattr(args, "fp8", None) and arguments.is_ours(args.fp8_recipe)):
+    if not (arguments.in_force(args) and args.fp8):
         return []
     from megatron.core.transformer.mlp import MLP
 
     from .mlp import static_reason
 
+    recipe = arguments.resolve(str(args.fp8_recipe)).dense_recipe
     reasons: dict[str | None, int] = {}
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MLP):
-                reason = static_reason(module, arguments.resolve(str(args.fp8_recipe)))
+                reason = static_reason(module, recipe)
                 reasons[reason] = reasons.get(reason, 0) + 1
     return [
         f"{count} MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" if reason is None else f"{count} MLPs: module by module: {reason}"
@@ -52,9 +54,25 @@ def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
     ]
 
 
+def _moe_layers(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
+    """Which MoE layers run as one function from dispatch to combine, and which as Megatron's own modules, and why. Raises RecipeError (see `moe.check`)."""
+    if not arguments.is_flow(arguments.in_force(args)):
+        return []
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from . import moe
+
+    ways: dict[str, list[int]] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                ways.setdefault(moe.describe(module), []).append(int(module.layer_number or -1))
+    return [f"MoE layers {_ranges(layers)}: {way}" for way, layers in ways.items()]
+
+
 def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int]]:
     """(name without layer number, weight shape, precision, global layer number or -1) of every module that multiplies or normalises."""
-    from transformer_engine.pytorch import LayerNormLinear, LayerNormMLP, Linear
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
 
     found: list[tuple[str, str, str, int]] = []
     layers: dict[str, int] = {}
@@ -68,8 +86,11 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
         matrix = next((shape for shape in weights if len(shape) == 2), None)
         if isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
             found.append((name, _shape(matrix), _precision(args, module, owner), owner))
+        elif isinstance(module, GroupedLinear):
+            found.append((name, f"{module.num_gemms} of {_shape(matrix)}", _precision(args, module, owner, experts=True), owner))
         elif matrix is not None:
-            found.append((name, _shape(matrix), "bf16", owner))
+            router = path.endswith(".router") and getattr(args, "moe_router_dtype", None)
+            found.append((name, _shape(matrix), f"bf16, products in {router}" if router else "bf16", owner))
         elif weights:
             found.append((name, _shape(weights[0]), "bf16 (norm)", owner))
         elif path.endswith("core_attention"):
@@ -77,18 +98,21 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
     return found
 
 
-def _precision(args: Any, module: Any, layer: int) -> str:
+def _precision(args: Any, module: Any, layer: int, experts: bool = False) -> str:
     override = getattr(module, "te_quant_params", None)
     if override is not None:
         recipe = override.training_recipe
         chosen = recipe.custom_recipe_factory or recipe.fp8_quantization_recipe
         return f"FP8 {chosen} (precision file)" if chosen else "bf16 (precision file)"
-    if not getattr(args, "fp8", None):
+    spec = arguments.in_force(args)
+    if not (getattr(args, "fp8", None) or (experts and spec)):
         return "bf16"
     if layer > 0 and getattr(args, "first_last_layers_bf16", False):
         first, last = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
         if layer <= first or layer > args.num_layers - last:
             return "bf16 (first / last)"
+    if spec and not experts:
+        return f"FP8 {arguments.resolve(spec).dense or spec.partition(':')[0]}"
     return f"FP8 {str(args.fp8_recipe).partition(':')[0]}"
 
 

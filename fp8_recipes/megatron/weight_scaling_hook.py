@@ -74,17 +74,20 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
         refuse_wrong_device()
     if is_rank_0():
         print(report.precision_table(args, chunks), flush=True)
-    predicted = [arguments.resolve(spec) for spec in specs if arguments.resolve(spec).weight_scale == "predicted"]
+    recipes = [arguments.resolve(spec) for spec in specs]
+    recipes += [recipe.dense_recipe for recipe in recipes if recipe.dense]
+    predicted = [recipe for recipe in recipes if recipe.weight_scale == "predicted"]
     if not predicted:
         return None
-    return attach(chunks, optimizer, interval=min(r.interval for r in predicted))
+    return attach(chunks, optimizer, interval=min(r.interval for r in predicted), experts=any(r.moe == "flow" for r in predicted))
 
 
 def specs_in_use(args: Any) -> list[str]:
     """Specifications of our recipes that this run uses: by --fp8-recipe and by the per-module precision file."""
     from . import factories
 
-    specs = [str(args.fp8_recipe)] if getattr(args, "fp8", None) and arguments.is_ours(args.fp8_recipe) else []
+    spec = arguments.in_force(args)
+    specs = [spec] if spec else []
     path = getattr(args, "te_precision_config_file", None)
     if path:
         import yaml
@@ -107,10 +110,13 @@ def _values_of(key: str, tree: Any) -> Iterator[str]:
             yield from _values_of(key, item)
 
 
-def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int) -> WeightScaling:
-    """Put every TransformerEngine linear weight of the model's chunks under one clock, driven by all inner optimizers of Megatron's ``optimizer``."""
+def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, experts: bool = False) -> WeightScaling:
+    """Put every TransformerEngine linear weight of the model's chunks under one clock, driven by all inner optimizers of Megatron's ``optimizer``.
+
+    experts: the weights of the grouped linears too, one scale per expert.
+    """
     clock = WeightScaling(interval=interval, on_message=_print_rank_0)
-    weights = [(weight, group) for chunk in chunks for weight, group in fp8_weights(chunk)]
+    weights = [(weight, group) for chunk in chunks for weight, group in fp8_weights(chunk, experts)]
     for weight, group in weights:
         clock.track(weight, group)
     inner = inner_optimizers(optimizer)
@@ -121,14 +127,16 @@ def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int) -> Weig
     return clock
 
 
-def fp8_weights(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """(weight, process group) of TransformerEngine's dense linears.
+def fp8_weights(model: torch.nn.Module, experts: bool = False) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """(weight, process group) of TransformerEngine's dense linears and, with ``experts``, of its grouped ones.
 
-    The group is that of the tensor-parallel ranks that hold the other shards, None if unsharded.
+    The group is that of the tensor-parallel ranks that hold the other shards, None if unsharded; an expert's weight is whole on one rank.
     """
-    from transformer_engine.pytorch import LayerNormLinear, LayerNormMLP, Linear
+    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
 
     for module in model.modules():
+        if experts and isinstance(module, GroupedLinear):
+            yield from ((parameter, None) for parameter in module.parameters(recurse=False) if parameter.dim() == 2)
         if isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
             sharded = module.tp_size > 1 and (isinstance(module, LayerNormMLP) or module.parallel_mode in ("column", "row"))
             group = module.tp_group if sharded else None

@@ -64,8 +64,8 @@ def test_hooks_of_the_linears_fire(monkeypatch):
     mlp = SimpleNamespace(linear_fc1=torch.nn.Linear(2, 2), linear_fc2=torch.nn.Linear(2, 2))
     for linear in (mlp.linear_fc1, mlp.linear_fc2):
         linear.register_forward_pre_hook(lambda module, _: fired.append(module))
-    mlp_module._before_forward(mlp)
+    mlp_module.before_forward(mlp)
     assert fired == [mlp.linear_fc1, mlp.linear_fc2]
     mlp.linear_fc2.register_forward_pre_hook(lambda module, _: torch.zeros(1))
     with pytest.raises(RuntimeError, match="changes its input"):
-        mlp_module._before_forward(mlp)
+        mlp_module.before_forward(mlp)
