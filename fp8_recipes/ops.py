@@ -89,6 +89,14 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     return _backend(q).grouped_fold_transpose(q, offsets, block_expert)
 
 
+def xielu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+    return _backend(h).xielu_quantize(h, *args, **kwargs)
+
+
+def xielu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.XieluGradients:
+    return _backend(dy).xielu_backward_quantize(dy, *args, **kwargs)
+
+
 def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
     return _backend(expert_index).route_map(expert_index, num_experts, rows)
 
@@ -156,5 +164,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "xielu_backward_quantize",
+    "xielu_quantize",
     "unpack_rows",
 ]

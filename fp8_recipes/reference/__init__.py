@@ -8,11 +8,13 @@ from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .permute import RowMap, chunk_map, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
+from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
 
 __all__ = [
     "GroupedTensor",
     "RowLayout",
     "RowMap",
+    "XieluGradients",
     "SendMap",
     "chunk_map",
     "combine_rows",
@@ -40,5 +42,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "xielu_backward_quantize",
+    "xielu_quantize",
     "unpack_rows",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -17,10 +18,12 @@ import pytest
 
 POINTERS = {"scale_ptr": "*fp32", "tile_exponent_ptr": "*u8", "payload_ptr": "*u8", "amax_ptr": "*fp32", "partial_ptr": "*u8", "exponent_ptr": "*u8"}
 POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8", "prob_ptr": "*fp32", "prob_gradient_ptr": "*fp32"}
+POINTERS |= {"alpha_ptr": "*fp32", "alpha_gradient_ptr": "*fp32"}
 SCALARS = {"increment": "fp32", "eps": "fp32"}
 LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
 SIGMOID = "ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32"  # between 0 and 1, plus 1: what is flushed does not count
+EXP_MINUS_1 = re.compile(r"ex2\.approx\.ftz\.f32 \S+, t;")  # xielu: 1 is subtracted from it
 TRANSPOSE = {"PARTS": 128, "COLUMNS_FIRST": True}
 
 
@@ -36,6 +39,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
                 for prob in (False, True):
                     found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "PROB": prob}, {}, 6))
                     found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
+                    found.append(("xielu", "_xielu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
+                    found.append(("xielu", "_xielu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
                 constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}
@@ -101,7 +106,7 @@ def compile_all() -> list[dict]:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         ptx = compiled.asm["ptx"]
         vector_loads = sum("ld.global" in line and (".v4.b32" in line or ".v2.b64" in line) for line in ptx.splitlines())
-        ftz = ".ftz." in ptx.replace(SIGMOID, "")
+        ftz = ".ftz." in EXP_MINUS_1.sub("", ptx.replace(SIGMOID, ""))
         results.append({"case": f"{name} {constants}", "loads": vector_loads, "least": loads, "ftz": ftz, "cubin": len(compiled.asm["cubin"])})
     return results
 
