@@ -4,6 +4,7 @@ Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the ref
 tensors, for tests.
 """
 
+from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
 from .gemm import gemm
@@ -19,6 +20,8 @@ __all__ = [
     "chunk_map",
     "combine_rows",
     "fold",
+    "combine_sent",
+    "copies_of_sent",
     "fold_transpose",
     "gather_rows",
     "gemm",
@@ -27,12 +30,16 @@ __all__ = [
     "grouped_wgrad",
     "measure_experts",
     "quantize",
+    "moments",
+    "pack_rows",
     "quantize_experts",
     "quantize_weight",
     "rmsnorm_quantize",
     "route_map",
     "swiglu_backward_quantize",
+    "send_map",
     "swiglu_quantize",
     "xielu_backward_quantize",
+    "unpack_rows",
     "xielu_quantize",
 ]

@@ -320,8 +320,13 @@ def gather_rows(
 def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Kernel twin of `fp8_recipes.reference.combine_rows`; no atomics, the sum is in the order of k."""
     check_combine(y, row_map, weight)
+    return sum_rows(y, row_map.destination, weight)
+
+
+def sum_rows(y: torch.Tensor, destination: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Kernel twin of `fp8_recipes.reference.permute.sum_rows`."""
     check_device(y, "y")
-    tokens, cols = row_map.tokens, y.shape[1]
+    (tokens, copies), cols = destination.shape, y.shape[1]
     out = common.empty((tokens, cols), torch.bfloat16, y.device)
     if tokens == 0:
         return out
@@ -331,10 +336,10 @@ def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None =
         (tokens, cdiv(cols, block)),
         y,
         out,
-        row_map.destination if weight is None else weight,
-        row_map.destination,
+        destination if weight is None else weight,
+        destination,
         cols // 8,
-        K=row_map.copies_per_token,
+        K=copies,
         BLOCK=block,
         WEIGHT=weight is not None,
         num_warps=max(1, min(8, block // 256)),

@@ -56,6 +56,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
     found += permute_cases()
+    found += dispatch_cases()
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
     return found
 
@@ -92,6 +93,23 @@ def compile_all() -> list[dict]:
         warps = constants.pop("num_warps", 4)
         if "cols_for_plan" in constants:
             plan = rows.plan_row(constants.pop("cols_for_plan"))
+def dispatch_cases() -> list[tuple[str, str, dict, dict, int]]:
+    """Send maps and rows on the wire, at the widths of DeepSeek-V2-Lite and V3, forward (with ids and probabilities) and backward."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    names = ("payload", "scale", "prob", "expert", "destination", "row_of_copy", "out", "in", "begin", "demand", "header")
+    types = {f"{name}_ptr": "*i32" for name in names} | {"half_ptr": "*i16", "byte_ptr": "*u8", "tile_ptr": "*u8"}
+    for k, c, tokens, ranks in ((6, 2, 64, 2), (8, 8, 16, 64)):
+        numbers = {"K": k, "TOKENS": tokens, "RANKS": ranks}
+        found.append(("dispatch", "_count_tokens_kernel", numbers, types, 0))
+        found.append(("dispatch", "_place_tokens_kernel", {**numbers, "C": c}, types, 0))
+    for k, c, block, warps in ((6, 2, 512, 2), (8, 8, 2048, 8), (0, 8, 2048, 8)):
+        rows = {"K": k, "LANES": 8, "BLOCK": block, "TILES": 64, "num_warps": warps}
+        found.append(("dispatch", "_pack_rows_kernel", {**rows, "C": c}, types, 1))
+        found.append(("dispatch", "_unpack_rows_kernel", rows, types, 1))
+    found.append(("dispatch", "_copies_of_sent_kernel", {"K": 6, "BLOCK": 1024}, {"value_ptr": "*fp32", "row_of_copy_ptr": "*i32", "out_ptr": "*fp32"}, 0))
+    return found
+
+
             constants |= {"BLOCK": plan.block, "TAIL": plan.tail}
             warps = plan.warps
         signature, attributes = {}, {}

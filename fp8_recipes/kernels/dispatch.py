@@ -1,0 +1,280 @@
+"""Send maps, packing and unpacking on the GPU: `fp8_recipes.reference.dispatch`, bit for bit, without waiting for the device.
+
+send_map counts in three launches, as route_map does: tokens of each block for each rank, where each block's tokens begin within their rank, every token's
+rows. No atomics, so a rank's rows are in the order of the tokens.
+
+pack_rows reads each token once and writes it once per rank it goes to, payload, scale, tile exponents, probabilities and local ids in one launch;
+unpack_rows reads each received row once. Rows start on 16 bytes and the payload comes first, so nearly everything moves 16 bytes per thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.dispatch import HEADER, RowLayout, SendMap, check_pack, check_send, check_sent, check_unpack
+from ..tensor import ScaledTensor
+from . import common
+from .common import cdiv, check_device, next_power_of_2
+from .launch import launch
+from .permute import SCAN_EXPERTS, WORDS_PER_THREAD, _scan_kernel, sum_rows
+
+TOKENS = 64
+"""Tokens that one program of the counting kernels ranks against each other, with few ranks."""
+CELLS = 1024
+"""Tokens x ranks that one program holds, and the most ranks there may be."""
+PAD = tl.constexpr(16)
+COPIES_PER_PROGRAM = 1024
+
+
+@triton.jit
+def _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr):
+    """(int32 [TOKENS, RANKS]: 1 where the token goes to the rank; int32 [TOKENS]: ids that do not exist)."""
+    hit = tl.zeros((TOKENS, RANKS), tl.int32)
+    bad = tl.zeros((TOKENS,), tl.int32)
+    for k in tl.static_range(K):
+        expert = tl.load(expert_ptr + token.to(tl.int64) * K + k, mask=token < tokens, other=-1)
+        valid = (expert >= 0) & (expert < num_experts)
+        bad += ((expert != -1) & (valid == 0)).to(tl.int32)
+        target = tl.where(valid, expert // local_experts, -1)
+        hit = tl.maximum(hit, (target[:, None] == rank[None, :]).to(tl.int32))
+    return hit, bad
+
+
+@triton.jit
+def _count_tokens_kernel(expert_ptr, begin_ptr, tokens, num_experts, local_experts, ranks, K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr):
+    """begin[block, rank]: how many of the block's tokens go to the rank; in column ``ranks``, how many of its ids do not exist."""
+    block = tl.program_id(0)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    rank = tl.arange(0, RANKS)
+    hit, bad = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
+    begin_ptr += block.to(tl.int64) * (ranks + 1)
+    tl.store(begin_ptr + rank, tl.sum(hit, axis=0), mask=rank < ranks)
+    tl.store(begin_ptr + ranks, tl.sum(bad, axis=0))
+
+
+@triton.jit(do_not_specialize=["tag"])
+def _place_tokens_kernel(
+    expert_ptr, begin_ptr, demand_ptr, destination_ptr, row_of_copy_ptr, header_ptr, tokens, num_experts, local_experts, ranks, tag,
+    K: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """A token's row for a rank: the rank's first row, plus the tokens in the blocks before, plus those before it in this block."""
+    block = tl.program_id(0)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    rank = tl.arange(0, RANKS)
+    demand = tl.load(demand_ptr + rank, mask=rank < ranks, other=0)
+    start = tl.cumsum(demand, axis=0) - demand
+    if block == 0:
+        tl.store(header_ptr + rank, demand, mask=rank < ranks)
+        tl.store(header_ptr + ranks, tl.load(demand_ptr + ranks))
+        tl.store(header_ptr + ranks + 1, tag)
+    hit, _ = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
+    begin = tl.load(begin_ptr + block.to(tl.int64) * (ranks + 1) + rank, mask=rank < ranks, other=0)
+    row = (start + begin)[None, :] + tl.cumsum(hit, axis=0) - hit
+    first = token.to(tl.int64) * C
+    column = tl.cumsum(hit, axis=1) - hit
+    tl.store(destination_ptr + first[:, None] + column, row, mask=(hit > 0) & (token < tokens)[:, None])
+    found = tl.sum(hit, axis=1)
+    for c in tl.static_range(C):
+        tl.store(destination_ptr + first + c, tl.full((TOKENS,), -1, tl.int32), mask=(found <= c) & (token < tokens))
+    for k in tl.static_range(K):
+        copy = token.to(tl.int64) * K + k
+        expert = tl.load(expert_ptr + copy, mask=token < tokens, other=-1)
+        valid = (expert >= 0) & (expert < num_experts)
+        own = tl.sum(tl.where((expert // local_experts)[:, None] == rank[None, :], row, 0), axis=1)
+        tl.store(row_of_copy_ptr + copy, tl.where(valid, own, -1), mask=token < tokens)
+
+
+@triton.jit
+def _pack_rows_kernel(
+    payload_ptr, scale_ptr, tile_ptr, prob_ptr, expert_ptr, destination_ptr, row_of_copy_ptr, out_ptr, half_ptr, byte_ptr,
+    quads, row_quads, tiles, local_experts, used,
+    K: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One token. out, half, byte: the send buffer as int32, int16 and bytes; a row of it is four times ``row_quads`` words. K = 0: neither ids nor
+    probabilities; TILES = 0: no tile exponents."""
+    words = quads * 4
+    token = tl.program_id(0).to(tl.int64)
+    destination_ptr += token * C
+    for first in range(0, words, BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        value = tl.load(payload_ptr + token * words + word, mask=word < words, other=0)
+        for c in tl.static_range(C):
+            row = tl.load(destination_ptr + c).to(tl.int64)
+            tl.store(out_ptr + row * (row_quads * 4) + word, value, mask=(word < words) & (row >= 0))
+    scale = tl.load(scale_ptr + token)
+    id_at = words * 4 + 4 + 4 * K
+    tile_at = id_at + 2 * K
+    for c in tl.static_range(C):
+        row = tl.load(destination_ptr + c)
+        present = row >= 0
+        out_row = out_ptr + row.to(tl.int64) * (row_quads * 4)
+        byte_row = byte_ptr + row.to(tl.int64) * (row_quads * 16)
+        tl.store(out_row + words, scale, mask=present)
+        if K:
+            lane = tl.arange(0, LANES)
+            copy = token * K + lane
+            expert = tl.load(expert_ptr + copy, mask=lane < K, other=-1)
+            mine = tl.load(row_of_copy_ptr + copy, mask=lane < K, other=-1) == row
+            prob = tl.load(prob_ptr + copy, mask=(lane < K) & mine, other=0)
+            tl.store(out_row + words + 1 + lane, prob, mask=(lane < K) & present)
+            local = tl.where(mine, expert % local_experts, -1).to(tl.int16)
+            tl.store(half_ptr + row.to(tl.int64) * (row_quads * 8) + id_at // 2 + lane, local, mask=(lane < K) & present)
+        if TILES:
+            tile = tl.arange(0, TILES)
+            exponent = tl.load(tile_ptr + token * tiles + tile, mask=tile < tiles, other=0)
+            tl.store(byte_row + tile_at + tile, exponent, mask=(tile < tiles) & present)
+        tail = used + tl.arange(0, PAD)
+        tl.store(byte_row + tail, tl.zeros((PAD,), tl.uint8), mask=(tail < row_quads * 16) & present)
+
+
+@triton.jit
+def _unpack_rows_kernel(
+    in_ptr, half_ptr, byte_ptr, payload_ptr, scale_ptr, tile_ptr, prob_ptr, expert_ptr, quads, row_quads, tiles,
+    K: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One received row; in, half, byte: the receive buffer as int32, int16 and bytes."""
+    words = quads * 4
+    row = tl.program_id(0).to(tl.int64)
+    in_ptr += row * (row_quads * 4)
+    for first in range(0, words, BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        tl.store(payload_ptr + row * words + word, tl.load(in_ptr + word, mask=word < words, other=0), mask=word < words)
+    tl.store(scale_ptr + row, tl.load(in_ptr + words))
+    id_at = words * 4 + 4 + 4 * K
+    tile_at = id_at + 2 * K
+    if K:
+        lane = tl.arange(0, LANES)
+        tl.store(prob_ptr + row * K + lane, tl.load(in_ptr + words + 1 + lane, mask=lane < K), mask=lane < K)
+        local = tl.load(half_ptr + row * (row_quads * 8) + id_at // 2 + lane, mask=lane < K)
+        tl.store(expert_ptr + row * K + lane, local.to(tl.int32), mask=lane < K)
+    if TILES:
+        tile = tl.arange(0, TILES)
+        exponent = tl.load(byte_ptr + row * (row_quads * 16) + tile_at + tile, mask=tile < tiles)
+        tl.store(tile_ptr + row * tiles + tile, exponent, mask=tile < tiles)
+
+
+@triton.jit
+def _copies_of_sent_kernel(value_ptr, row_of_copy_ptr, out_ptr, copies, K: tl.constexpr, BLOCK: tl.constexpr):
+    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_of_copy_ptr + copy, mask=copy < copies, other=-1)
+    value = tl.load(value_ptr + row.to(tl.int64) * K + copy % K, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + copy, value, mask=copy < copies)
+
+
+def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int = 0) -> SendMap:
+    """Kernel twin of `fp8_recipes.reference.send_map`: three launches, no wait for the device. At most 1024 ranks."""
+    check_send(expert_index, num_experts, ranks)
+    check_device(expert_index, "expert_index")
+    (tokens, copies), device = expert_index.shape, expert_index.device
+    lanes = next_power_of_2(ranks)
+    if lanes > CELLS:
+        raise ValueError(f"cannot count tokens for {ranks} ranks: at most {CELLS} are supported")
+    size = min(TOKENS, CELLS // lanes)
+    blocks = max(1, cdiv(tokens, size))  # the first one also writes the header
+    begin = common.empty((blocks, ranks + 1), torch.int32, device)
+    demand = common.empty((ranks + 1,), torch.int32, device)
+    destination = common.empty((tokens, min(copies, ranks)), torch.int32, device)
+    row_of_copy = common.empty((tokens, copies), torch.int32, device)
+    header = common.empty((ranks + HEADER,), torch.int32, device)
+    numbers = (tokens, num_experts, num_experts // ranks, ranks)
+    constants = {"K": copies, "TOKENS": size, "RANKS": lanes, "num_warps": 4}
+    launch(_count_tokens_kernel, (blocks,), expert_index, begin, *numbers, **constants)
+    launch(_scan_kernel, (cdiv(ranks + 1, SCAN_EXPERTS),), begin, demand, blocks, ranks + 1, EXPERTS=SCAN_EXPERTS, num_warps=4)
+    outputs = (destination, row_of_copy, header)
+    constants = {"K": copies, "C": destination.shape[1], "TOKENS": size, "RANKS": lanes, "num_warps": 4}
+    launch(_place_tokens_kernel, (blocks,), expert_index, begin, demand, *outputs, *numbers, tag, **constants)
+    return SendMap(*outputs, num_experts, ranks)
+
+
+def _row_constants(layout: RowLayout) -> dict[str, int]:
+    """Constants that packing and unpacking share."""
+    block = min(next_power_of_2(layout.cols // 4), 4096)
+    lanes, tiles = next_power_of_2(max(1, layout.copies)), next_power_of_2(layout.tiles) if layout.tiles else 0
+    return {"K": layout.copies, "LANES": lanes, "BLOCK": block, "TILES": tiles, "num_warps": max(1, min(8, block // (32 * WORDS_PER_THREAD)))}
+
+
+def pack_rows(
+    q: ScaledTensor, send: SendMap, rows: int, expert_index: torch.Tensor | None = None, prob: torch.Tensor | None = None
+) -> torch.Tensor:  # fmt: skip
+    """Kernel twin of `fp8_recipes.reference.pack_rows`: one launch. ``rows`` must be what the header counts, or rows stay unwritten."""
+    layout = check_pack(q, send, rows, expert_index, prob)
+    check_device(q.payload, "q")
+    out = common.empty((rows, layout.nbytes), torch.uint8, q.device)
+    if rows == 0:
+        return out
+    words = out.view(torch.int32)  # also stands for an absent array, which is never touched
+    launch(
+        _pack_rows_kernel,
+        (send.tokens,),
+        q.payload.view(torch.int32),
+        q.scale.view(torch.int32),
+        out if q.tile_exponent is None else q.tile_exponent,
+        words if prob is None else prob.view(torch.int32),
+        words if expert_index is None else expert_index,
+        send.destination,
+        send.row_of_copy,
+        words,
+        out.view(torch.int16),
+        out,
+        layout.cols // 16,
+        layout.nbytes // 16,
+        layout.tiles,
+        send.local_experts,
+        layout.used,
+        C=send.destination.shape[1],
+        **_row_constants(layout),
+    )
+    return out
+
+
+def unpack_rows(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]:
+    """Kernel twin of `fp8_recipes.reference.unpack_rows`: one launch."""
+    check_unpack(buffer, layout)
+    check_device(buffer, "buffer")
+    rows, device = buffer.shape[0], buffer.device
+    payload = common.empty((rows, layout.cols), dtype, device)
+    scale = common.empty((rows,), torch.float32, device)
+    tiles = common.empty((rows, layout.tiles), torch.uint8, device) if layout.tiles else None
+    prob = common.empty((rows, layout.copies), torch.float32, device) if layout.copies else None
+    expert = common.empty((rows, layout.copies), torch.int32, device) if layout.copies else None
+    if rows:
+        launch(
+            _unpack_rows_kernel,
+            (rows,),
+            buffer.view(torch.int32),
+            buffer.view(torch.int16),
+            buffer,
+            payload.view(torch.int32),
+            scale.view(torch.int32),
+            buffer if tiles is None else tiles,
+            scale.view(torch.int32) if prob is None else prob.view(torch.int32),
+            scale.view(torch.int32) if expert is None else expert,
+            layout.cols // 16,
+            layout.nbytes // 16,
+            layout.tiles,
+            **_row_constants(layout),
+        )
+    return ScaledTensor(payload, scale, "row", tile_exponent=tiles), expert, prob
+
+
+def combine_sent(y: torch.Tensor, send: SendMap) -> torch.Tensor:
+    """Kernel twin of `fp8_recipes.reference.combine_sent`: the kernel of combine_rows over the ranks instead of the copies."""
+    check_sent(y, send, torch.bfloat16)
+    return sum_rows(y, send.destination)
+
+
+def copies_of_sent(values: torch.Tensor, send: SendMap) -> torch.Tensor:
+    """Kernel twin of `fp8_recipes.reference.copies_of_sent`."""
+    check_sent(values, send, torch.float32)
+    check_device(values, "values")
+    out = common.empty(tuple(send.row_of_copy.shape), torch.float32, values.device)
+    copies = out.numel()
+    if copies:
+        grid = (cdiv(copies, COPIES_PER_PROGRAM),)
+        launch(_copies_of_sent_kernel, grid, values, send.row_of_copy, out, copies, K=send.copies_per_token, BLOCK=COPIES_PER_PROGRAM, num_warps=4)
+    return out
+
+
+__all__ = ["combine_sent", "copies_of_sent", "pack_rows", "send_map", "unpack_rows"]
