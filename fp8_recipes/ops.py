@@ -97,6 +97,13 @@ def xielu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> refe
     return _backend(dy).xielu_backward_quantize(dy, *args, **kwargs)
 
 
+def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any) -> torch.Tensor:
+    source = x if x is not None else q
+    if source is None:
+        raise ValueError("moments needs x, its quantised form q, or both")
+    return _backend(source).moments(x, q, **kwargs)
+
+
 def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
     return _backend(expert_index).route_map(expert_index, num_experts, rows)
 
@@ -153,6 +160,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "measure_experts",
+    "moments",
     "pack_rows",
     "quantize",
     "quantize_experts",

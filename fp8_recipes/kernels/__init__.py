@@ -10,6 +10,7 @@ from .fold_transpose import fold_transpose
 from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
+from .moments import moments
 from .permute import chunk_map, combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize

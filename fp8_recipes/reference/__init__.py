@@ -6,6 +6,7 @@ from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
 from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
+from .moments import moments
 from .permute import RowMap, chunk_map, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
 from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
@@ -31,6 +32,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_wgrad",
     "measure_experts",
+    "moments",
     "pack_rows",
     "quantize",
     "quantize_experts",

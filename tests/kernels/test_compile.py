@@ -56,8 +56,22 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
     found += permute_cases()
+    found += moments_cases()
     found += dispatch_cases()
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
+    return found
+
+
+def moments_cases() -> list[tuple[str, str, dict, dict, int]]:
+    """Moments of a bf16 tensor, of one beside its payload, and of a payload alone."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    doubles = dict.fromkeys(("partial_ptr", "row_sum_ptr", "out_ptr"), "*fp64")
+    for e5m2 in (False, True):
+        for x, payload, scale, fold, loads in ((True, False, False, False, 4), (True, False, True, False, 4), (True, True, True, True, 4), (False, True, True, True, 1)):
+            kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "ROW_SUMS": False, "E5M2": e5m2, "BLOCK": 4096}
+            found.append(("moments", "_moments_kernel", kind, doubles, loads))
+    found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True, "BLOCK": 1024}, doubles, 1))
+    found.append(("moments", "_add_partials_kernel", {"BLOCK": 64}, doubles, 0))
     return found
 
 
