@@ -56,8 +56,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
     found += permute_cases()
-    found += moments_cases()
     found += dispatch_cases()
+    found += moments_cases()
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
     return found
 
@@ -93,20 +93,6 @@ def permute_cases() -> list[tuple[str, str, dict, dict, int]]:
     return found
 
 
-def compile_all() -> list[dict]:
-    """Runs in the subprocess: what the compiler made of every case."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    rows = import_module("fp8_recipes.kernels.rows")
-    results = []
-    for module, name, constants, types, loads in cases():
-        kernel = getattr(import_module(f"fp8_recipes.kernels.{module}"), name)
-        constants = dict(constants)
-        warps = constants.pop("num_warps", 4)
-        if "cols_for_plan" in constants:
-            plan = rows.plan_row(constants.pop("cols_for_plan"))
 def dispatch_cases() -> list[tuple[str, str, dict, dict, int]]:
     """Send maps and rows on the wire, at the widths of DeepSeek-V2-Lite and V3, forward (with ids and probabilities) and backward."""
     found: list[tuple[str, str, dict, dict, int]] = []
@@ -124,6 +110,20 @@ def dispatch_cases() -> list[tuple[str, str, dict, dict, int]]:
     return found
 
 
+def compile_all() -> list[dict]:
+    """Runs in the subprocess: what the compiler made of every case."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows = import_module("fp8_recipes.kernels.rows")
+    results = []
+    for module, name, constants, types, loads in cases():
+        kernel = getattr(import_module(f"fp8_recipes.kernels.{module}"), name)
+        constants = dict(constants)
+        warps = constants.pop("num_warps", 4)
+        if "cols_for_plan" in constants:
+            plan = rows.plan_row(constants.pop("cols_for_plan"))
             constants |= {"BLOCK": plan.block, "TAIL": plan.tail}
             warps = plan.warps
         signature, attributes = {}, {}
