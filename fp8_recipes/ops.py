@@ -89,19 +89,19 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     return _backend(q).grouped_fold_transpose(q, offsets, block_expert)
 
 
+def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any) -> torch.Tensor:
+    source = x if x is not None else q
+    if source is None:
+        raise ValueError("moments needs x, its quantised form q, or both")
+    return _backend(source).moments(x, q, **kwargs)
+
+
 def xielu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).xielu_quantize(h, *args, **kwargs)
 
 
 def xielu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.XieluGradients:
     return _backend(dy).xielu_backward_quantize(dy, *args, **kwargs)
-
-
-def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any) -> torch.Tensor:
-    source = x if x is not None else q
-    if source is None:
-        raise ValueError("moments needs x, its quantised form q, or both")
-    return _backend(source).moments(x, q, **kwargs)
 
 
 def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
@@ -172,7 +172,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",
-    "unpack_rows",
 ]

@@ -15,8 +15,8 @@ __all__ = [
     "GroupedTensor",
     "RowLayout",
     "RowMap",
-    "XieluGradients",
     "SendMap",
+    "XieluGradients",
     "chunk_map",
     "combine_rows",
     "combine_sent",
@@ -44,7 +44,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",
-    "unpack_rows",
 ]
