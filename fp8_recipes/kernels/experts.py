@@ -175,12 +175,12 @@ def quantize_experts(
     if transpose and n % 4 == 0:
         words = common.empty((experts, k, n // 4), torch.int32, first.device)
         grid = (cdiv(n, plan.rows) * cdiv(k, plan.cols), experts)
-        arguments = (first, table, words, scale, amax, float(increment), n, k)
-        launch(_quantize_experts_transposed_kernel, grid, *arguments, TR=plan.rows, TC=plan.cols, **options)
+        tile = {"TR": plan.rows, "TC": plan.cols}
+        launch(_quantize_experts_transposed_kernel, grid, first, table, words, scale, amax, float(increment), n, k, **tile, **options)
         return GroupedTensor(words.view(fmt.dtype), scale)
     payload = common.empty((experts, n, k), torch.uint8, first.device)
-    arguments = (first, table, payload, scale, amax, float(increment), n * k)
-    launch(_quantize_experts_kernel, (cdiv(n * k, plan.block), experts), *arguments, BLOCK=plan.block, **options)
+    grid = (cdiv(n * k, plan.block), experts)
+    launch(_quantize_experts_kernel, grid, first, table, payload, scale, amax, float(increment), n * k, BLOCK=plan.block, **options)
     if transpose:  # the transposing kernel writes 4 bytes at a time; no product takes such a weight anyway
         payload = payload.transpose(1, 2).contiguous()
     return GroupedTensor(payload.view(fmt.dtype), scale)

@@ -40,9 +40,9 @@ class RowPlan:
     warps: int
 
 
-def plan_row(cols: int) -> RowPlan:
-    """Cut a row of ``cols`` columns into power-of-two pieces."""
-    return _plan_row(cols, ELEMENTS_PER_THREAD)
+def plan_row(cols: int, per_thread: int = 0) -> RowPlan:
+    """Cut a row of ``cols`` columns into power-of-two pieces. per_thread: values that a thread takes, at least; 0 = `ELEMENTS_PER_THREAD`."""
+    return _plan_row(cols, per_thread or ELEMENTS_PER_THREAD)
 
 
 @functools.cache

@@ -1,37 +1,43 @@
 """SwiGLU and its gradient, quantised where they are computed: `fp8_recipes.reference.swiglu_quantize` and `swiglu_backward_quantize`.
 
-Bytes moved per column of F: forward 4 in, 1 out; backward 6 in, 2 out. The bf16 product never reaches memory. Equal to the reference except where the
-GPU's exp and division differ in the last place and that crosses a rounding boundary.
+Bytes moved per column of F: forward 4 in, 1 out (3 where h is saved in FP8 by the way: it is in registers already); backward 6 in, 2 out (4 in from the saved
+h). The bf16 product never reaches memory. Equal to the reference except where the GPU's exp and division differ in the last place and that crosses a rounding
+boundary; the saved h is equal bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, Literal, overload
 
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_halves, check_prob, swiglu, swiglu_backward, swiglu_prob_gradient
+from ..reference.activation import check_halves, check_prob, check_saved, check_swiglu, swiglu, swiglu_backward, swiglu_prob_gradient
 from ..reference.quantize import _check_options
 from ..tensor import TILE, ScaledTensor, check_matrix
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
+from .common import INTERPRETED, check_device, check_not_empty, decode, finite_or_nan, pow2, scale_exponent, to_fp32
 from .launch import launch
 from .quantize import quantize
 from .rows import (
     MAX_ROW,
+    columns_of,
     empty_rows,
     hold_piece,
     load_piece,
+    load_raw,
     micro_amax,
     plan_row,
     row_result,
     store_piece,
     store_row_scale,
 )
+from .words import bytes_of, pack_row
 
+SAVE_PER_THREAD = 24
+"""Values of each half that a thread holds, at least, where h is saved: twice the warps of `rows.plan_row`, because of a row both h and the product wait."""
 WIDE_REGISTERS = 128
 """Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor. The compiler would take a few more and one fits."""
 
@@ -84,12 +90,38 @@ def _held_gradients(dy, gate, up, prob, LOCAL: tl.constexpr, E5M2: tl.constexpr,
 
 
 @triton.jit
+def _h_values(raw, h_scale, H: tl.constexpr, AGAIN: tl.constexpr = False):
+    """What was loaded of h, in fp32. H: "" (bf16, fp16 or fp32), "e4m3" or "e5m2". AGAIN: see `to_fp32`."""
+    if H == "":
+        return to_fp32(raw, AGAIN)
+    else:
+        return decode(raw, H == "e5m2") * h_scale
+
+
+@triton.jit
+def _largest(gate, up):
+    """Largest finite value of a piece of both halves."""
+    most = tl.maximum(tl.abs(finite_or_nan(gate)), tl.abs(finite_or_nan(up)))
+    return tl.max(tl.max(micro_amax(most), axis=1), axis=0)
+
+
+@triton.jit
+def _save_piece(x, exponent, ptr, first, cols, E5M2: tl.constexpr):
+    """A piece of one half of h in FP8."""
+    column = first + columns_of(x.shape[0])
+    word = pack_row(finite_or_nan(x) * pow2(-exponent), E5M2)
+    tl.store(ptr + column, bytes_of(word), mask=column < cols)
+
+
+@triton.jit
 def _swiglu_quantize_kernel(
     h_ptr,
     payload_ptr,
     scale_ptr,
     tile_exponent_ptr,
     prob_ptr,
+    h_scale_ptr,
+    saved_ptr,
     cols,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -97,22 +129,40 @@ def _swiglu_quantize_kernel(
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
     PROB: tl.constexpr,
+    H: tl.constexpr,
+    SAVE: tl.constexpr,
 ):
+    """One row. h_scale: read where h is FP8; where it is to be saved, written, and its payload goes to saved_ptr."""
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row * 2 * cols
     prob = 1.0
     if PROB:
         prob = tl.load(prob_ptr + row)
-    gate = load_piece(h_ptr, 0, cols, BLOCK)
-    up = load_piece(h_ptr + cols, 0, cols, BLOCK)
+    h_scale = 1.0
+    if H != "":
+        h_scale = tl.load(h_scale_ptr + row)
+    gate = load_raw(h_ptr, 0, cols, BLOCK)
+    up = load_raw(h_ptr + cols, 0, cols, BLOCK)
     if TAIL:
-        gate_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
-        up_tail = load_piece(h_ptr + cols, BLOCK * 128, cols, TAIL)
-    y = _swiglu(gate, up, prob, PROB)
+        gate_tail = load_raw(h_ptr, BLOCK * 128, cols, TAIL)
+        up_tail = load_raw(h_ptr + cols, BLOCK * 128, cols, TAIL)
+    if SAVE:  # h is converted three times, for its maximum, its payload and the product: held in fp32 it would take twice the registers
+        amax = _largest(to_fp32(gate), to_fp32(up))
+        if TAIL:
+            amax = tl.maximum(amax, _largest(to_fp32(gate_tail), to_fp32(up_tail)))
+        h_exp = scale_exponent(amax, E5M2)
+        saved_ptr += row * 2 * cols
+        _save_piece(to_fp32(gate, True), h_exp, saved_ptr, 0, cols, E5M2)
+        _save_piece(to_fp32(up, True), h_exp, saved_ptr + cols, 0, cols, E5M2)
+        if TAIL:
+            _save_piece(to_fp32(gate_tail, True), h_exp, saved_ptr, BLOCK * 128, cols, E5M2)
+            _save_piece(to_fp32(up_tail, True), h_exp, saved_ptr + cols, BLOCK * 128, cols, E5M2)
+        tl.store(h_scale_ptr + row, pow2(h_exp))
+    y = _swiglu(_h_values(gate, h_scale, H, SAVE), _h_values(up, h_scale, H, SAVE), prob, PROB)
     held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
     row_exp = tl.max(tile_exp, axis=0)
     if TAIL:
-        y_tail = _swiglu(gate_tail, up_tail, prob, PROB)
+        y_tail = _swiglu(_h_values(gate_tail, h_scale, H, SAVE), _h_values(up_tail, h_scale, H, SAVE), prob, PROB)
         held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
         row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
         store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
@@ -129,6 +179,7 @@ def _swiglu_backward_quantize_kernel(
     tile_exponent_ptr,
     prob_ptr,
     prob_gradient_ptr,
+    h_scale_ptr,
     cols,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -136,19 +187,23 @@ def _swiglu_backward_quantize_kernel(
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
     PROB: tl.constexpr,
+    H: tl.constexpr,
 ):
     """One row of 2 * cols gradients, cols a multiple of 128 so that no tile lies across the two halves."""
     row = tl.program_id(0).to(tl.int64)
     dy_ptr += row * cols
     width = 2 * cols
     h_ptr += row * width
+    h_scale = 1.0
+    if H != "":
+        h_scale = tl.load(h_scale_ptr + row)
     dy = load_piece(dy_ptr, 0, cols, BLOCK)
-    gate = load_piece(h_ptr, 0, cols, BLOCK)
-    up = load_piece(h_ptr + cols, 0, cols, BLOCK)
+    gate = _h_values(load_raw(h_ptr, 0, cols, BLOCK), h_scale, H)
+    up = _h_values(load_raw(h_ptr + cols, 0, cols, BLOCK), h_scale, H)
     if TAIL:
         dy_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL)
-        gate_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
-        up_tail = load_piece(h_ptr + cols, BLOCK * 128, cols, TAIL)
+        gate_tail = _h_values(load_raw(h_ptr, BLOCK * 128, cols, TAIL), h_scale, H)
+        up_tail = _h_values(load_raw(h_ptr + cols, BLOCK * 128, cols, TAIL), h_scale, H)
     prob = 1.0
     if PROB:
         prob = tl.load(prob_ptr + row)
@@ -169,55 +224,111 @@ def _swiglu_backward_quantize_kernel(
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
+def _h_arguments(h: torch.Tensor | ScaledTensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """(h, its scales, `H`) as the kernels take them, checked; scales of a plain tensor are itself, never read."""
+    if isinstance(h, torch.Tensor):
+        check_matrix(h, "h")
+        check_device(h, "h")
+        check_not_empty(h, "h")
+        return h, h, ""
+    check_saved(h)
+    for name, t in (("h.payload", h.payload), ("h.scale", h.scale)):
+        check_device(t, name)
+        check_not_empty(t, name)
+        if not t.is_contiguous():
+            raise ValueError(f"{name} of strides {t.stride()} is not contiguous; call .contiguous()")
+    if h.scale.dtype != torch.float32:
+        raise TypeError(f"h.scale must be float32, got {h.scale.dtype}")
+    return h.payload.view(torch.uint8), h.scale, h.format.name
+
+
+@overload
 def swiglu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
-) -> ScaledTensor:
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
+    save_h: Literal[False] = False,
+) -> ScaledTensor: ...
+
+
+@overload
+def swiglu_quantize(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None, save_h: Literal[True]
+) -> tuple[ScaledTensor, ScaledTensor]: ...
+
+
+def swiglu_quantize(
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
+    save_h: bool = False,
+) -> ScaledTensor | tuple[ScaledTensor, ScaledTensor]:
     """Kernel twin of `fp8_recipes.reference.swiglu_quantize`. h: [rows, 2F] bf16 = [gate | up] -> quantised [rows, F]; prob: [rows] fp32 or None.
 
+    h may also be a saved one (row-scaled FP8). save_h: also h itself in ``fmt``, one scale per row, from the same read.
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise the product is computed in fp32 first.
     """
-    check_matrix(h, "h")
+    source, h_scale, form = _h_arguments(h)
     _check_options(granularity, fold, None)
-    check_device(h, "h")
-    check_not_empty(h, "h")
-    if h.shape[1] % 2:
-        raise ValueError(f"h must be [rows, 2F] = [gate | up], got an odd width {h.shape[1]}")
-    rows, cols = h.shape[0], h.shape[1] // 2
+    check_swiglu(h, save_h)
+    rows, cols = source.shape[0], source.shape[1] // 2
     check_prob(prob, rows)
     if granularity not in ("row", "tile", "micro") or cols > MAX_ROW:
-        return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
+        q = quantize(swiglu(h, prob), granularity, fmt, fold=fold)
+        if not save_h:
+            return q
+        saved = quantize(source, "row", fmt)
+        return q, ScaledTensor(saved.payload, saved.scale, "row")
     r = row_result(cols, granularity, fold, fmt)
-    q, pointers = empty_rows(rows, cols, r, fmt, h.device)
-    launch(_swiglu_quantize_kernel, (rows,), h, *pointers, h if prob is None else prob, cols, PROB=prob is not None, **r.constants)
-    return q
+    q, pointers = empty_rows(rows, cols, r, fmt, source.device)
+    payload = source
+    if save_h:
+        payload = common.empty((rows, 2 * cols), torch.uint8, source.device)
+        h_scale = common.empty((rows,), torch.float32, source.device)
+    arguments = (source, *pointers, source if prob is None else prob, h_scale, payload, cols)
+    constants = {**r.constants, "num_warps": plan_row(cols, SAVE_PER_THREAD).warps} if save_h else r.constants
+    launch(_swiglu_quantize_kernel, (rows,), *arguments, PROB=prob is not None, H=form, SAVE=save_h, **constants)
+    return (q, ScaledTensor(payload.view(fmt.dtype), h_scale, "row")) if save_h else q
 
 
 @overload
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
+    dy: torch.Tensor, h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
 ) -> ScaledTensor: ...
 
 
 @overload
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor
+    dy: torch.Tensor, h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor
 ) -> tuple[ScaledTensor, torch.Tensor]: ...
 
 
 def swiglu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+    dy: torch.Tensor,
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
 ) -> ScaledTensor | tuple[ScaledTensor, torch.Tensor]:
-    """Kernel twin of `fp8_recipes.reference.swiglu_backward_quantize`. dy: [rows, F], h: [rows, 2F] bf16 -> quantised [dgate | dup] [rows, 2F].
+    """Kernel twin of `fp8_recipes.reference.swiglu_backward_quantize`. dy: [rows, F] bf16, h: [rows, 2F] bf16 or saved (row-scaled FP8) -> quantised
+    [dgate | dup] [rows, 2F].
 
     With prob [rows] fp32: (that, the gradient of prob [rows] fp32); one program sums one row, always in the same order.
     Fused for "row", "tile" and "micro" when F is a multiple of 128 and 2F <= 32768; otherwise the gradient is computed in fp32 first.
     """
     check_matrix(dy, "dy")
-    check_matrix(h, "h")
-    _check_options(granularity, fold, None)
     check_device(dy, "dy")
-    check_device(h, "h")
     check_not_empty(dy, "dy")
+    source, h_scale, form = _h_arguments(h)
+    _check_options(granularity, fold, None)
     rows, cols = dy.shape
     check_halves(dy, h)
     check_prob(prob, rows)
@@ -227,9 +338,9 @@ def swiglu_backward_quantize(
     r = row_result(2 * cols, granularity, fold, fmt)
     q, pointers = empty_rows(rows, 2 * cols, r, fmt, dy.device)
     plan = plan_row(cols)  # each program takes the two halves of a row side by side
-    constants = {**r.constants, "BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
+    constants: dict[str, Any] = {**r.constants, "BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
     if plan.warps == 8 and granularity != "row":
         constants["maxnreg"] = WIDE_REGISTERS
     given, gradient = (dy, dy) if prob is None else (prob, common.empty((rows,), torch.float32, dy.device))
-    launch(_swiglu_backward_quantize_kernel, (rows,), dy, h, *pointers, given, gradient, cols, PROB=prob is not None, **constants)
+    launch(_swiglu_backward_quantize_kernel, (rows,), dy, source, *pointers, given, gradient, h_scale, cols, PROB=prob is not None, H=form, **constants)
     return q if prob is None else (q, gradient)

@@ -11,6 +11,7 @@ from assertions import assert_bitwise, assert_nearly_bitwise, snr_db
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
 from fp8_recipes.kernels import swiglu_backward_quantize, swiglu_quantize
+from fp8_recipes.tensor import ScaledTensor
 
 module = import_module("fp8_recipes.kernels.swiglu")
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
@@ -93,12 +94,65 @@ def test_prob_of_one_changes_nothing(device):
     assert_bitwise(swiglu_backward_quantize(dy, h, "micro", fold="row", prob=ones)[0], swiglu_backward_quantize(dy, h, "micro", fold="row"))
 
 
+SAVED = [(shape, "row", None, FORMATS["e4m3"]) for shape in SHAPES]
+SAVED += [((3, 832), "row", None, FORMATS["e5m2"]), ((5, 128), "micro", "row", FORMATS["e5m2"]), ((5, 128), "tile", None, FORMATS["e4m3"])]
+SAVED += [((4, 100), "micro", "row", FORMATS["e4m3"]), ((5, 128), "tensor", None, FORMATS["e4m3"])]
+
+
+@pytest.mark.parametrize(("shape", "granularity", "fold", "fmt"), SAVED, ids=str)
+def test_saved_h(device, shape, granularity, fold, fmt):
+    """The same read also gives h in FP8, bit for bit; what is computed from that is the reference's result of the same bytes."""
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
+    q, saved = swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob, save_h=True)
+    expected_q, expected = reference.swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob, save_h=True)
+    assert_bitwise(saved, expected)
+    assert_bitwise(q, swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob), "the product without saving")
+    check(q, expected_q, reference_values(dy, h, prob)[0])
+    exact = reference_values(dy, reference.dequantize(saved), prob)
+    again = swiglu_quantize(saved, granularity, fmt, fold=fold, prob=prob)
+    check(again, reference.swiglu_quantize(saved, granularity, fmt, fold=fold, prob=prob), exact[0])
+    grad, dprob = swiglu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)
+    check(grad, reference.swiglu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)[0], exact[1])
+    assert_prob_gradient(dprob, dy, reference.dequantize(saved))
+    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
+
+
+def test_saved_h_of_padding_zero_and_bad_rows(device):
+    dy, h = inputs(5, 256, device)
+    h[1] = 0
+    h[2, 7], h[2, 256 + 9], h[3, 256] = torch.nan, torch.inf, -torch.inf
+    prob = torch.ones(5, device=device)
+    dy[1], prob[1] = 0, 0
+    q, saved = swiglu_quantize(h, prob=prob, save_h=True)
+    assert_bitwise(saved, reference.swiglu_quantize(h, save_h=True)[1])
+    assert not saved.payload[1].view(torch.uint8).any() and saved.scale[1] == 2.0**-126
+    assert reference.dequantize(saved).isnan().nonzero().tolist() == [[2, 7], [2, 265], [3, 256]], "what is not finite is NaN, alone"
+    assert reference.dequantize(q).isnan().nonzero().tolist() == [[2, 7], [2, 9], [3, 0]]
+    grad, dprob = swiglu_backward_quantize(dy, saved, prob=prob)
+    assert reference.dequantize(grad).isnan().nonzero().tolist() == [[2, 7], [2, 9], [2, 263], [3, 0]], "dup does not read up"
+    assert dprob.isnan().tolist() == [False, False, True, True, False] and dprob[1] == 0
+    assert not grad.payload[1].view(torch.uint8).any()
+
+
+def test_formats_of_saved_h_and_of_the_gradient_differ(device):
+    dy, h = inputs(4, 128, device)
+    saved = swiglu_quantize(h, fmt=FORMATS["e5m2"], save_h=True)[1]
+    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
+    saved.payload.view(torch.uint8)[1, 3] = 0x7C  # Inf of E5M2
+    assert reference.dequantize(swiglu_backward_quantize(dy, saved)).isnan().nonzero().tolist() == [[1, 3], [1, 131]]
+
+
 def test_rows_too_wide_for_registers(device, monkeypatch):
     monkeypatch.setattr(module, "MAX_ROW", 256)
     dy, h = inputs(3, 384, device)
     y, grad = truth(dy, h)
     check(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
     check(swiglu_backward_quantize(dy, h), reference.swiglu_backward_quantize(dy, h), grad)
+    q, saved = swiglu_quantize(h, save_h=True)
+    assert_bitwise(saved, reference.swiglu_quantize(h, save_h=True)[1])
+    check(q, reference.swiglu_quantize(h), y)
+    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
 
 
 def test_bad_elements_stay_alone(device):
@@ -125,6 +179,15 @@ def test_bad_input(device):
         swiglu_quantize(h, prob=torch.ones(8, device=device)[::2])
     with pytest.raises(ValueError, match="prob must be contiguous fp32"):
         swiglu_backward_quantize(dy, h, prob=torch.ones(3, device=device))
+    saved = swiglu_quantize(h, save_h=True)[1]
+    with pytest.raises(ValueError, match="h is a ScaledTensor already; save_h=True is for a bf16 h"):
+        swiglu_quantize(saved, save_h=True)
+    with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):
+        swiglu_backward_quantize(dy, reference.quantize(h, "tile"))
+    with pytest.raises(ValueError, match="h.payload of strides .* is not contiguous"):
+        swiglu_quantize(ScaledTensor(saved.payload.t().contiguous().t(), saved.scale, "row"))
+    with pytest.raises(ValueError, match="2F"):
+        swiglu_backward_quantize(dy[:2], saved)
     with pytest.raises(ValueError, match="empty"):
         swiglu_quantize(h[:0])
     with pytest.raises(ValueError, match="empty"):
@@ -154,3 +217,20 @@ def test_prob_real_sizes(device, shape):
         actual, dprob = swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
         check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], grad)
         assert_prob_gradient(dprob, dy, h)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 1408), (4096, 2048), (8192, 768), (1024, 7168), (1024, 11008)], ids=str)
+def test_saved_h_real_sizes(device, shape):
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], device=device)
+    for fmt in FORMATS.values():
+        q, saved = swiglu_quantize(h, "row", fmt, prob=prob, save_h=True)
+        assert_bitwise(saved, reference.swiglu_quantize(h, "row", fmt, save_h=True)[1])
+        check(q, reference.swiglu_quantize(h, "row", fmt, prob=prob), reference_values(dy, h, prob)[0])
+        exact = reference_values(dy, reference.dequantize(saved), prob)
+        for granularity, fold in MODES[:4]:
+            check(swiglu_quantize(saved, granularity, fold=fold, prob=prob), reference.swiglu_quantize(saved, granularity, fold=fold, prob=prob), exact[0])
+            actual, dprob = swiglu_backward_quantize(dy, saved, granularity, fold=fold, prob=prob)
+            check(actual, reference.swiglu_backward_quantize(dy, saved, granularity, fold=fold, prob=prob)[0], exact[1])
+            assert_prob_gradient(dprob, dy, reference.dequantize(saved))

@@ -70,16 +70,39 @@ def test_prob_and_its_gradient_are_autograd_s() -> None:
     assert torch.equal(dequantize(swiglu_quantize(h, "tile", prob=prob)), dequantize(quantize(swiglu(h, prob), "tile")))
 
 
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
+def test_saved_h_is_h_in_fp8(fmt) -> None:
+    """By value: one rounding of each element under one scale per row, taken over both halves; what is computed from it is SwiGLU of those values."""
+    h, dy = normal(ROWS, 2 * FFN, 30, scale=4), normal(ROWS, FFN, 31)
+    prob = torch.rand(ROWS, generator=torch.Generator().manual_seed(32))
+    h[3, FFN + 2] = 3000.0
+    q, saved = swiglu_quantize(h, "tile", fmt, prob=prob, save_h=True)
+    assert torch.equal(dequantize(q), dequantize(swiglu_quantize(h, "tile", fmt, prob=prob))), "saving changes nothing"
+    assert saved.granularity == "row" and saved.shape == h.shape and saved.format is fmt and saved.tile_exponent is None
+    assert saved.nbytes() == 2 * FFN * ROWS + 4 * ROWS
+    top = h.double().abs().amax(1)
+    assert bool((top <= fmt.max * saved.scale.double()).all()) and bool((top > fmt.max * saved.scale.double() / 2).all())
+    half_step = (h.double().abs() * 2.0 ** -(fmt.mantissa_bits + 1)).maximum(saved.scale[:, None].double() * fmt.min_subnormal / 2)
+    assert ((dequantize(saved).double() - h.double()).abs() <= half_step).all()
+    values = dequantize(saved)
+    assert torch.equal(dequantize(swiglu_quantize(saved, "tile", prob=prob)), dequantize(quantize(swiglu(values, prob), "tile")))
+    got, dprob = swiglu_backward_quantize(dy, saved, "tile", prob=prob)
+    assert torch.equal(dequantize(got), dequantize(quantize(swiglu_backward(dy, values, prob), "tile")))
+    assert torch.equal(dprob, swiglu_prob_gradient(dy, values))
+
+
 def test_padding_rows_are_zero() -> None:
     h, dy, prob = normal(4, 64, 23), normal(4, 32, 24), torch.ones(4)
     h[2], dy[2], prob[2] = 0, 0, 0
-    y = swiglu_quantize(h, prob=prob)
-    dh, dprob = swiglu_backward_quantize(dy, h, prob=prob)
-    for q in (y, dh):
-        assert not q.payload[2].view(torch.uint8).any()
-        assert q.scale[2] == 2.0**-126
-        assert (q.tile_exponent[2] == 1).all()
-    assert dprob[2] == 0
+    y, saved = swiglu_quantize(h, prob=prob, save_h=True)
+    for source in (h, saved):
+        dh, dprob = swiglu_backward_quantize(dy, source, prob=prob)
+        for q in (y, dh):
+            assert not q.payload[2].view(torch.uint8).any()
+            assert q.scale[2] == 2.0**-126
+            assert (q.tile_exponent[2] == 1).all()
+        assert dprob[2] == 0
+    assert not saved.payload[2].view(torch.uint8).any() and saved.scale[2] == 2.0**-126
 
 
 def test_saturated_gates_stay_finite() -> None:
@@ -162,6 +185,10 @@ def test_refusals() -> None:
         swiglu_quantize(normal(2, 7, 15))
     with pytest.raises(ValueError, match=r"h must be \[rows, 2F\] for dy \[rows, F\]; got h \(2, 8\) and dy \(2, 8\)"):
         swiglu_backward_quantize(normal(2, 8, 16), normal(2, 8, 17))
+    with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):
+        swiglu_quantize(quantize(normal(2, 8, 16), "tile"))
+    with pytest.raises(ValueError, match="h is a ScaledTensor already"):
+        swiglu_quantize(quantize(normal(2, 8, 16), "row"), save_h=True)
     with pytest.raises(ValueError, match=r"gamma must have shape \(8,\), got \(1,\)"):
         rmsnorm_quantize(normal(2, 8, 18), torch.ones(1))
     with pytest.raises(ValueError, match=r"prob must be contiguous fp32 \(2,\), one number per row of h; got torch.float32 \(2, 1\)"):
