@@ -95,9 +95,7 @@ def _check_inputs(
             raise ValueError(f"x is on {x.device} and {name} on {t.device}; move all to one device")
 
 
-def plain_experts(
-    x: torch.Tensor, expert_index: torch.Tensor, prob: torch.Tensor, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def plain_experts(x: torch.Tensor, expert_index: torch.Tensor, prob: torch.Tensor, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> torch.Tensor:
     """What `moe_experts` computes, in plain torch in the dtype of the weights, expert by expert: the baseline and, in float64, the truth of the tests."""
     y = torch.zeros(x.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     for expert, (a, b) in enumerate(zip(w1, w2, strict=True)):
@@ -241,9 +239,9 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         index, prob, share = self.router(tokens)
         self.aux_loss = self.coefficient * load_balancing_loss(share, index) if self.coefficient else None
-        y = moe_experts(
-            tokens, index, prob, list(self.w1), list(self.w2), recipe=self.recipe, dispatcher=self.dispatcher, num_experts=self.num_experts
-        ).view(x.shape)
+        y = moe_experts(tokens, index, prob, list(self.w1), list(self.w2), recipe=self.recipe, dispatcher=self.dispatcher, num_experts=self.num_experts).view(
+            x.shape
+        )
         return y if self.shared is None else y + self.shared(x)
 
     def track(self, scaling: WeightScaling) -> None:
