@@ -3,8 +3,10 @@
 #
 #   scripts/bench_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=dense_8l_7b STEPS=10 GPUS=1 scripts/bench_megatron.sh out bf16 tensorwise delayed blockwise moss
+#   MODEL=moe_6l_v2lite ROUNDS=2 EXTRA=--moe-router-force-load-balancing scripts/bench_megatron.sh out bf16@32 blockwise tensorwise fp8_flow_moe
 #
-# Writes OUT_DIR/RECIPE.log, OUT_DIR/speed.csv and prints the table. EXTRA: more Megatron flags for every run.
+# RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time.
+# Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table. EXTRA: more Megatron flags for every run.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,17 +15,29 @@ shift
 [[ $# -gt 0 ]] || set -- bf16 tensorwise delayed blockwise moss
 mkdir -p "$out"
 read -r -a extra <<<"${EXTRA:-}"
-logs=()
-for recipe in "$@"; do
-  log="$out/${recipe//[:,=\/]/_}.log"
-  echo "== $recipe -> $log"
+runs=() logs=()
+for ((round = 1; round <= ${ROUNDS:-1}; round++)); do
+  for recipe in "$@"; do
+    runs+=("$recipe" "$round")
+  done
+done
+set -- "${runs[@]}"
+while [[ $# -gt 0 ]]; do
+  recipe=$1 round=$2
+  shift 2
+  name=$recipe
+  [[ $round -gt 1 ]] && name="$recipe.$round"
+  log="$out/${name//[:,=\/]/_}.log"
+  connections=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  [[ $recipe == *@* ]] && connections=${recipe##*@}
+  echo "== $name -> $log"
   status=0
-  "$here/launch.sh" --model "${MODEL:-dense_8l_7b}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" -- "${extra[@]}" >"$log" 2>&1 || status=$?
+  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "${MODEL:-dense_8l_7b}" --recipe "${recipe%@*}" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" -- "${extra[@]}" >"$log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$log" >&2
-    echo "bench_megatron.sh: $recipe ended with status $status; its log is $log" >&2
+    echo "bench_megatron.sh: $name ended with status $status; its log is $log" >&2
     exit "$status"
   fi
-  logs+=("$recipe=$log")
+  logs+=("$name=$log")
 done
 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python3}" -m fp8_recipes.megatron.parse_log speed --csv "$out/speed.csv" "${logs[@]}"

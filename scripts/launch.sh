@@ -39,14 +39,14 @@ if [[ ! -f "$config" ]]; then
   echo "launch.sh: no model '$model'; known: ${known//.sh/}" >&2
   exit 2
 fi
-MODEL_ARGS=() BATCH_ARGS=() OPTIMIZER_ARGS=() VOCAB_ARGS=()
+MODEL_ARGS=() BATCH_ARGS=() OPTIMIZER_ARGS=() VOCAB_ARGS=() STOCK_FP8_ARGS=()
 # shellcheck source=/dev/null
 source "$config"
 
 case "$recipe" in
   bf16) recipe_args=(--fp8-recipe bf16) ;;
-  delayed | tensorwise) recipe_args=(--fp8-recipe "$recipe" --fp8-format hybrid) ;;
-  blockwise) recipe_args=(--fp8-recipe "$recipe" --fp8-format e4m3) ;;
+  delayed | tensorwise) recipe_args=(--fp8-recipe "$recipe" --fp8-format hybrid "${STOCK_FP8_ARGS[@]}") ;;
+  blockwise) recipe_args=(--fp8-recipe "$recipe" --fp8-format e4m3 "${STOCK_FP8_ARGS[@]}") ;;
   *) recipe_args=(--fp8-recipe "$recipe") ;;
 esac
 if [[ -n "$data" ]]; then

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _ITERATION = re.compile(r"iteration +(\d+)/ +\d+ \|.*?elapsed time per iteration \(ms\): ([0-9.]+) \|")
+_RESIDENT = re.compile(r"\(after \d+ iterations\) memory \(MB\) \| allocated: ([0-9.]+) \|")
 _SUMMARY = "fp8_recipes_summary "
 WARMUP = 3
 """Iterations left out of the median: compilation, autotuning and the allocator's first passes."""
@@ -32,7 +33,11 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class Speed:
-    """ms per iteration: median, smallest and largest after warm-up; peak_mb: largest torch allocation on any rank, MB of 2**20 bytes."""
+    """ms per iteration: median, smallest and largest after warm-up; peak_mb: largest torch allocation on any rank, MB of 2**20 bytes.
+
+    resident_mb: what is allocated between iterations (weights, gradients, optimizer, caches), as Megatron reports it after the first; largest of the ranks
+    that print it, None if none does.
+    """
 
     recipe: str
     ms: float
@@ -40,6 +45,7 @@ class Speed:
     ms_max: float
     iterations: int
     peak_mb: float
+    resident_mb: float | None = None
 
 
 def read_speed(recipe: str, path: str | Path, warmup: int = WARMUP) -> Speed:
@@ -52,7 +58,8 @@ def read_speed(recipe: str, path: str | Path, warmup: int = WARMUP) -> Speed:
     if not summaries:
         raise LogError(f"{path}: no '{_SUMMARY.strip()}' line, so the run did not reach its end under fp8_recipes.pretrain_gpt")
     peak = json.loads(summaries[-1].split(_SUMMARY, 1)[1])["peak_allocated_bytes"] / 2**20
-    return Speed(recipe, statistics.median(times), min(times), max(times), len(times), peak)
+    resident = max((float(mb) for mb in _RESIDENT.findall(text)), default=None)
+    return Speed(recipe, statistics.median(times), min(times), max(times), len(times), peak, resident)
 
 
 def read_losses(path: str | Path) -> dict[int, float]:
@@ -82,6 +89,8 @@ def write_speed(runs: list[Speed], path: str | Path | None) -> str:
             "iterations": r.iterations,
             "peak_mb": f"{r.peak_mb:.0f}",
             "peak_vs_baseline_mb": f"{r.peak_mb - base.peak_mb:+.0f}",
+            "resident_mb": "" if r.resident_mb is None else f"{r.resident_mb:.0f}",
+            "peak_above_resident_mb": "" if r.resident_mb is None else f"{r.peak_mb - r.resident_mb:.0f}",
         }
         for r in runs
     ]

@@ -31,10 +31,11 @@ def flags_of(line: str) -> list[str]:
 def test_dry_run_prints_flags_that_megatron_accepts(parse, model):
     from fp8_recipes.megatron import arguments
 
-    result = run(SCRIPTS / "launch.sh", "--model", model, "--recipe", "moss", "--steps", "7", "--dry-run", "--", "--seed", "3")
+    recipe = "fp8_flow_moe" if model.startswith("moe_") else "moss"
+    result = run(SCRIPTS / "launch.sh", "--model", model, "--recipe", recipe, "--steps", "7", "--dry-run", "--", "--seed", "3")
     assert result.returncode == 0, result.stderr
     args = parse(base=" ".join(flags_of(result.stdout)))
-    assert (args.fp8_recipe, args.train_iters, args.seed, args.mock_data) == ("moss", 7, 3, True)
+    assert (args.fp8_recipe, args.train_iters, args.seed, args.mock_data) == (recipe, 7, 3, True)
     arguments.prepare(args)
     assert arguments.validate(args) == []
 
@@ -53,6 +54,12 @@ def test_recipes(recipe, expected):
     flags = " ".join(flags_of(result.stdout))
     assert expected in flags and "--nproc-per-node 2" in result.stdout
     assert "--data-path d/text --split 99,1,0" in flags and "--mock-data" not in flags and "--fp8-log x.jsonl" in flags
+
+
+@pytest.mark.parametrize(("recipe", "padded"), [("blockwise", True), ("tensorwise", True), ("bf16", False), ("fp8_flow_moe", False)])
+def test_stock_fp8_recipes_of_a_moe_model_pad_their_groups_in_the_router(recipe, padded):
+    result = run(SCRIPTS / "launch.sh", "--model", "moe_6l_v2lite", "--recipe", recipe, "--dry-run")
+    assert ("--moe-router-padding-for-quantization" in flags_of(result.stdout)) == padded
 
 
 @pytest.mark.parametrize(
