@@ -1,6 +1,6 @@
 """Second and fourth moments of a tensor, and what FP8 does to it, in one pass: the numbers behind `fp8_recipes.metrics`.
 
-For x [rows, cols], rows tokens and cols features, non-finite elements left out (they are only counted):
+For x [rows, cols], rows tokens and cols features, non-finite elements taken as zero (and counted):
 
     kurtosis of a token    k_t = mean_f(x^4) / mean_f(x^2)^2        not centred; 3 for a Gaussian, cols for one spike among zeros
     kurtosis of a tensor   mean of k_t over the tokens              FOG, arXiv 2505.20524, section 3: "over the feature axis, averaged over tokens"

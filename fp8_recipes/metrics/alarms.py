@@ -1,0 +1,156 @@
+"""When the metrics warn.
+
+Kurtosis (FOG, arXiv 2505.20524, section 3 and figure of the failing run): in healthy runs it grows slower than linearly with the steps, roughly like a
+logarithm; in the run that diverged at 15B tokens, QKV left that regime at 3B, long before gradient norm or loss said anything. So the alarm is about growth,
+not level. With r = max(t / 2, warmup), the local exponent of growth is
+
+    p = log(k(t) / k(r)) / log(t / r)            k ~ t^p; p < 1 is sub-linear, a logarithm tends to 0, an exponential runs away
+
+with k the median of five readings around each step. The alarm is raised when p >= ``growth_exponent`` while k(t) >= ``kurtosis_floor``, in ``patience``
+observed steps in a row; for QKV, the tensor that shows it first, in ``qkv_patience``.
+
+The other thresholds are shares of the finite non-zero elements of a tensor in one observed step:
+
+* non-finite elements: any.
+* saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale. A measured scale never saturates; under a predicted one any saturation
+  means that the bound was broken; under delayed scaling some is normal.
+* flush share: 1 % of an activation or weight, 5 % of a gradient (gradients spread wider, and what is lost is small).
+* fold flushes (what the fold for wgrad turns into zero): the same two.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .table import Reading
+
+KINDS = ("nonfinite", "kurtosis", "saturation", "flush", "fold_flush")
+_MEDIAN = 5
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """See the module. warmup: steps in which kurtosis is not judged (at least the learning rate's warm-up)."""
+
+    growth_exponent: float = 1.0
+    kurtosis_floor: float = 10.0
+    patience: int = 3
+    qkv_patience: int = 2
+    warmup: int = 100
+    saturation_share: float = 1e-5
+    flush_share: float = 0.01
+    grad_flush_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("growth_exponent", "kurtosis_floor", "patience", "qkv_patience", "warmup", "saturation_share", "flush_share", "grad_flush_share"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"threshold {name}={getattr(self, name)} must be positive")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """kind: one of `KINDS`. layer: its number, or None outside layers. value and threshold in the kind's unit (kurtosis: the growth exponent)."""
+
+    step: int
+    kind: str
+    name: str
+    value: float
+    threshold: float
+    message: str
+
+    @property
+    def layer(self) -> int | None:
+        return split_name(self.name)[0]
+
+    @property
+    def tensor(self) -> str:
+        return split_name(self.name)[1]
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """ "layers.3.qkv" -> (3, "qkv"); "head.input" -> (None, "head.input")."""
+    head, _, rest = name.partition(".")
+    number, _, tensor = rest.partition(".")
+    return (int(number), tensor) if head == "layers" and number.isdigit() and tensor else (None, name)
+
+
+class Alarms:
+    """Judges readings step by step. An alarm is raised when its condition begins and again only after it has ceased."""
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self.thresholds = Thresholds() if thresholds is None else thresholds
+        self._history: dict[str, tuple[list[int], list[float]]] = {}
+        self._lasting: dict[tuple[str, str], int] = {}
+
+    def remember(self, step: int, kurtosis: Mapping[str, float | None]) -> None:
+        """Take in kurtosis by name without judging: `judge` does it, and a resumed run with what it finds in its log. A step seen before is replaced."""
+        for name, value in kurtosis.items():
+            if value is None or not math.isfinite(value):
+                continue
+            steps, values = self._history.setdefault(name, ([], []))
+            keep = bisect_left(steps, step)
+            del steps[keep:], values[keep:]
+            steps.append(step)
+            values.append(value)
+
+    def judge(self, step: int, readings: Mapping[str, Reading]) -> list[Alarm]:
+        """New alarms of this step, QKV's kurtosis first."""
+        self.remember(step, {name: r.kurtosis for name, r in readings.items() if is_activation(name)})
+        alarms = [a for name, reading in readings.items() for a in self._of(step, name, reading)]
+        return sorted(alarms, key=lambda a: (KINDS.index(a.kind), a.tensor != "qkv", a.name))
+
+    def _of(self, step: int, name: str, r: Reading) -> list[Alarm]:
+        t, grad = self.thresholds, name.endswith(".grad")
+        flush = t.grad_flush_share if grad else t.flush_share
+        found = []
+        p = self.growth(step, name) if is_activation(name) else None
+        patience = t.qkv_patience if split_name(name)[1] == "qkv" else t.patience
+        grown = p is not None and p >= t.growth_exponent and (r.kurtosis or 0.0) >= t.kurtosis_floor
+        if self._begins("kurtosis", name, grown, patience):
+            assert p is not None
+            text = f"kurtosis {r.kurtosis:.1f} grows like step^{p:.1f}, no longer slower than linearly"
+            found.append(self._alarm(step, "kurtosis", name, p, t.growth_exponent, text))
+        shares = (
+            ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, f"{r.nonfinite} elements are NaN or Inf"),
+            ("saturation", r.saturation_share, t.saturation_share, f"{r.saturation_share:.2%} of its values are above what its scale can hold"),
+            ("flush", r.flush_share, flush, f"{r.flush_share:.2%} of its values become zero in FP8"),
+            ("fold_flush", r.fold_flush_share, flush, f"{r.fold_flush_share:.2%} of its FP8 values become zero in the fold for wgrad"),
+        )
+        for kind, value, limit, text in shares:
+            if self._begins(kind, name, value > limit, 1):
+                found.append(self._alarm(step, kind, name, value, limit, text))
+        return found
+
+    def _begins(self, kind: str, name: str, true: bool, patience: int) -> bool:
+        lasted = self._lasting.get((kind, name), 0) + 1 if true else 0
+        self._lasting[kind, name] = lasted
+        return lasted == patience
+
+    def _alarm(self, step: int, kind: str, name: str, value: float, threshold: float, text: str) -> Alarm:
+        layer, tensor = split_name(name)
+        where = tensor if layer is None else f"layer {layer}, {tensor}"
+        return Alarm(step, kind, name, value, threshold, f"step {step}, {where}: {text} (threshold {threshold:g})")
+
+    def growth(self, step: int, name: str) -> float | None:
+        """Local exponent p of ``name``'s kurtosis at ``step``, or None while there is too little to judge by."""
+        steps, values = self._history.get(name, ([], []))
+        if len(steps) < 2 * _MEDIAN:
+            return None
+        then = max(step / 2, self.thresholds.warmup)
+        at = bisect_left(steps, then)
+        first = max(0, min(at - _MEDIAN // 2, len(steps) - _MEDIAN))
+        if step < 1.5 * then or at == 0 or first + _MEDIAN > len(steps) - _MEDIAN:
+            return None
+        now, before = statistics.median(values[-_MEDIAN:]), statistics.median(values[first : first + _MEDIAN])
+        reference = statistics.median(steps[first : first + _MEDIAN])
+        current = statistics.median(steps[-_MEDIAN:])
+        return math.log(now / before) / math.log(current / reference)
+
+
+def is_activation(name: str) -> bool:
+    """Is this one of the tensors whose kurtosis is watched (and not the FP8 form of a layer's input, weight or gradient)?"""
+    return not name.endswith((".input", ".weight", ".grad"))

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from fp8_recipes.metrics import Alarm, Alarms, Reading, Thresholds
+from fp8_recipes.metrics.alarms import split_name
+
+HEALTHY = Reading(12.0, 12.0, 1.0, 10.0, 1000, 0, 1000, 0, 0, 0, -7, -6)
+
+
+def run(curve: Callable[[int], float], name: str = "layers.3.qkv", steps: int = 4000, interval: int = 10, thresholds: Thresholds | None = None) -> list[Alarm]:
+    alarms = Alarms(thresholds)
+    found = []
+    for step in range(interval, steps + 1, interval):
+        found += alarms.judge(step, {name: replace(HEALTHY, kurtosis=curve(step))})
+    return found
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda t: 3 + 4 * math.log1p(t / 50),  # the paper's healthy growth
+        lambda t: 3 * math.sqrt(t),
+        lambda t: 40 + 0.03 * t,  # linear, but from where it stands
+        lambda t: 12 * (1 + 0.2 * math.sin(t)),  # noise of 20 %
+        lambda t: 200.0 / (1 + t / 100),
+        lambda t: 2 + (t / 2000) ** 4 * 0.1,  # fast, but still below the floor
+    ],
+)
+def test_healthy_curves_raise_nothing(curve: Callable[[int], float]) -> None:
+    assert run(curve) == []
+
+
+def test_departure_from_logarithmic_growth_is_seen_early_and_named() -> None:
+    """Grows like a logarithm for 2000 steps, then doubles every 300."""
+
+    def curve(t: int) -> float:
+        return (3 + 4 * math.log1p(t / 50)) * 2 ** max(0.0, (t - 2000) / 300)
+
+    found = run(curve)
+    assert len(found) == 1
+    alarm = found[0]
+    assert 2000 < alarm.step <= 2400
+    assert (alarm.kind, alarm.layer, alarm.tensor, alarm.threshold) == ("kurtosis", 3, "qkv", 1.0)
+    assert alarm.value >= 1.0
+    assert alarm.message.startswith(f"step {alarm.step}, layer 3, qkv: kurtosis ")
+    later = run(curve, "layers.3.block_output")
+    assert later[0].step == alarm.step + 10  # QKV has one observation less to wait
+
+
+def test_alarm_comes_again_only_after_it_has_ceased() -> None:
+    def curve(t: int) -> float:
+        return 20 * (4 if 1000 < t <= 1100 or t > 3000 else 1)
+
+    assert [a.step for a in run(curve)] == pytest.approx([1030, 3030], abs=10)
+
+
+def test_warmup_is_not_judged_and_a_resumed_run_remembers() -> None:
+    def curve(t: int) -> float:
+        return 5.0 * t
+
+    assert run(curve, steps=400, thresholds=Thresholds(warmup=1000)) == []
+    assert run(curve, steps=1500, thresholds=Thresholds(warmup=100))
+    resumed = Alarms()
+    for step in range(10, 1001, 10):
+        resumed.remember(step, {"layers.1.qkv": 20.0})
+    resumed.remember(1000, {"layers.1.qkv": None})
+    found = [a for step in range(1010, 1100, 10) for a in resumed.judge(step, {"layers.1.qkv": replace(HEALTHY, kurtosis=90.0)})]
+    assert len(found) == 1
+
+
+def test_a_step_run_again_after_a_rollback_replaces_what_was_seen() -> None:
+    alarms = Alarms()
+    for step in range(10, 501, 10):
+        alarms.remember(step, {"x": 20.0})
+    alarms.remember(300, {"x": 7.0})
+    assert alarms._history["x"][0][-1] == 300 and alarms._history["x"][1][-1] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [
+        ("layers.2.mlp.down.input", {"saturated": 1}, "saturation"),
+        ("layers.2.mlp.down.input", {"flushed": 11}, "flush"),
+        ("layers.2.mlp.down.grad", {"flushed": 51}, "flush"),
+        ("layers.2.mlp.down.input", {"fold_flushed": 11}, "fold_flush"),
+        ("layers.2.block_output", {"nonfinite": 1}, "nonfinite"),
+    ],
+)
+def test_shares_above_their_threshold(name: str, change: dict[str, int], kind: str) -> None:
+    alarms = Alarms()
+    assert alarms.judge(1, {name: HEALTHY}) == []
+    bad = replace(HEALTHY, **change)  # type: ignore[arg-type]
+    (alarm,) = alarms.judge(2, {name: bad})
+    assert (alarm.kind, alarm.layer, alarm.name) == (kind, 2, name)
+    assert "layer 2" in alarm.message and alarm.value > alarm.threshold
+    assert alarms.judge(3, {name: bad}) == []
+    assert alarms.judge(4, {name: HEALTHY}) == []
+    assert len(alarms.judge(5, {name: bad})) == 1
+
+
+def test_gradients_may_flush_more_and_only_activations_have_a_kurtosis_alarm() -> None:
+    assert Alarms().judge(1, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=49)}) == []
+    assert run(lambda t: 1.01**t, name="layers.2.mlp.down.grad") == []
+
+
+def test_qkv_comes_first() -> None:
+    alarms = Alarms(Thresholds(patience=2))
+    found = []
+    for step in range(10, 1000, 10):
+        k = replace(HEALTHY, kurtosis=20.0 if step < 600 else 100.0)
+        found += alarms.judge(step, {"layers.1.block_output": k, "layers.9.qkv": k})
+    assert [a.name for a in found] == ["layers.9.qkv", "layers.1.block_output"]
+
+
+def test_names_and_thresholds() -> None:
+    assert split_name("layers.12.mlp.down.input") == (12, "mlp.down.input")
+    assert split_name("head.input") == (None, "head.input")
+    with pytest.raises(ValueError, match="flush_share=0"):
+        Thresholds(flush_share=0)
