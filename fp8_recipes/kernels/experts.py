@@ -10,6 +10,7 @@ so that only words travel through shared memory (as `kernels.fold_transpose` doe
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,18 @@ def address_table(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """(addresses of tensors on one device, int64 [L] there; are all multiples of 16?). The first call for a set of addresses copies it and waits for the copy;
     later calls cost a look-up."""
     return _table(tensors[0].device, tuple([t.data_ptr() for t in tensors]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _spacing(addresses: tuple[int, ...], nbytes: int) -> int:
+    """1 if the tensors follow each other without gaps, -1 if they do in reverse order, else 0."""
+    steps = {b - a for a, b in itertools.pairwise(addresses)}
+    return 1 if steps <= {nbytes} else -1 if steps == {-nbytes} else 0
+
+
+def order_in_memory(tensors: Sequence[torch.Tensor]) -> int:
+    """Do tensors of one size make one run of memory? 1: in their order, -1: in reverse (as Megatron lays out gradients), 0: no."""
+    return _spacing(tuple([t.data_ptr() for t in tensors]), tensors[0].nbytes)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 Every expert's group starts on a multiple of 128 rows, so a tile of 128 rows belongs to one expert, and so does a block of 128 along wgrad's contraction.
 fprop and dgrad: the tile looks its expert up in ``block_expert`` and reads that expert's part of B through one descriptor over all experts [E * N, K]. wgrad:
-the tiles of an expert walk over that expert's rows, ``offsets[e] .. offsets[e + 1]``. No pointer tables, no copies to the host, no launch per expert.
+the tiles of an expert walk over that expert's rows, ``offsets[e] .. offsets[e + 1]``. No copies to the host, no launch per expert; a table
+of addresses only where wgrad's results are scattered in memory.
 
 The kernels are the persistent GEMM of `kernels.gemm` (same tile order within a group, same promotion, same epilogue): one flat loop over the K blocks of all
 tiles of a program, in which only the branch that starts a tile differs. Which tile a program computes is fixed by its number, and every element of the result
@@ -11,6 +12,7 @@ is written, or added to, exactly once: two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +20,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..reference.grouped import GroupedTensor, check_grouped_gemm, check_grouped_wgrad
+from ..reference.grouped import GroupedTensor, Matrices, check_grouped_gemm, check_grouped_wgrad
 from ..tensor import TILE, ScaledTensor
 from . import common
 from .common import cdiv, check_device, next_power_of_2
+from .experts import address_table, order_in_memory, table_pointer
 from .gemm import _ALIGNMENT, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K, GemmConfig
 from .launch import launch
@@ -125,6 +128,7 @@ def _grouped_wgrad_kernel(
     b_desc,  # [K, rows] FP8
     out_desc,  # [E * N, K] fp32 or bf16; None when TMA cannot write it
     out_ptr,
+    table_ptr,  # [E] addresses of the experts' results, used where ORDER is 0
     scale_a_ptr,  # [E, N] fp32
     scale_b_ptr,  # [E, K] fp32
     offsets_ptr,  # [E + 1] int32
@@ -142,6 +146,8 @@ def _grouped_wgrad_kernel(
     PROMOTE: tl.constexpr,
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    ORDER: tl.constexpr,  # of the experts in out: 1 ascending, -1 descending, 0 each somewhere
+    ALIGNED: tl.constexpr,  # do all addresses of the table allow vectors?
 ):
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -186,8 +192,14 @@ def _grouped_wgrad_kernel(
         if k == finish:
             if PROMOTE > 1:
                 acc += total
-            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr + expert * K, None, expert * N + m0, n0, (expert + 1) * N, K,
-                   BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
+            if ORDER == 0:
+                matrix = table_pointer(table_ptr, expert, out_ptr, ALIGNED)
+                _write(acc, None, matrix, scale_a_ptr + expert * N, scale_b_ptr + expert * K, None, m0, n0, N, K,
+                       BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
+            else:
+                place = expert if ORDER == 1 else experts - 1 - expert
+                _write(acc, out_desc, out_ptr, scale_a_ptr + (expert - place) * N, scale_b_ptr + expert * K, None, place * N + m0, n0, (place + 1) * N, K,
+                       BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if PROMOTE > 1:
                 total = acc
@@ -291,34 +303,46 @@ def grouped_gemm(
     return out
 
 
+def _placed(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, int, torch.Tensor | None, bool]:
+    """(the matrix that comes first in memory, order of the experts in memory, table of addresses where that is 0, may it be written in vectors?)."""
+    if isinstance(out, torch.Tensor):
+        return out, 1, None, True
+    order = order_in_memory(out)
+    if order == 0:
+        table, aligned = address_table(out)
+        return out[0], 0, table, aligned
+    return out[0 if order == 1 else -1], order, None, True
+
+
 def grouped_wgrad(
     a_t: GroupedTensor,
     b_t: GroupedTensor,
     offsets: torch.Tensor,
     *,
-    out: torch.Tensor,
+    out: Matrices,
     accumulate: bool = False,
     promote: int = 0,
     config: GroupedConfig | None = None,
-) -> torch.Tensor:
+) -> Matrices:
     """``out[e] (+)= scale_a[e, :, None] * scale_b[e] * (a_t[:, rows of e] @ b_t[:, rows of e]^T)``. Kernel twin of `reference.grouped.grouped_wgrad`.
 
     a_t: [N, rows], b_t: [K, rows], scales [E, N] and [E, K] (`grouped_fold_transpose`), E4M3 or E5M2 (also mixed). offsets: int32 [E + 1] on the device,
-    multiples of 128. out: [E, N, K] fp32 or bf16 (main_grad), overwritten or, with accumulate=True, added to (in fp32, rounded once).
+    multiples of 128. out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (main_grad), overwritten or, with accumulate=True, added
+    to (in fp32, rounded once). Tensors that lie one after the other, in either direction, are written like one (by TMA); others through a table of addresses.
     Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
     """
     check_grouped_wgrad(a_t, b_t, offsets, out)
-    _check_operands({"a_t": a_t.payload, "b_t": b_t.payload}, {"the scale of a_t": a_t.scale, "the scale of b_t": b_t.scale}, out.dtype, promote)
-    if out.device != a_t.device:
-        raise ValueError(f"out is on {out.device}, the operands are on {a_t.device}; keep them together")
-    experts, n, k = out.shape
-    rows = a_t.payload.shape[1]
+    (n, rows), k, experts = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0]
+    first, order, table, aligned = _placed(out)
+    _check_operands({"a_t": a_t.payload, "b_t": b_t.payload}, {"the scale of a_t": a_t.scale, "the scale of b_t": b_t.scale}, first.dtype, promote)
+    if first.device != a_t.device:
+        raise ValueError(f"out is on {first.device}, the operands are on {a_t.device}; keep them together")
     programs = _multiprocessors(a_t.device)
     config = select_config(experts * n, k, programs) if config is None else config
     # A TMA box that crosses an expert's last output row would write into the next expert.
-    by_tma = _takes_tma(out, k) and n % config.block_m == 0
+    by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"
-    if accumulate and out.dtype == torch.float32 and config.store != "add":
+    if accumulate and first.dtype == torch.float32 and config.store != "add":
         store = config.store if by_tma else "atomic"
     programs = min(programs * config.resident, experts * cdiv(n, config.block_m) * cdiv(k, config.block_n))
     launch(
@@ -326,8 +350,9 @@ def grouped_wgrad(
         (programs,),
         TensorDescriptor.from_tensor(a_t.payload, [config.block_m, BLOCK_K]),
         TensorDescriptor.from_tensor(b_t.payload, [config.block_n, BLOCK_K]),
-        TensorDescriptor.from_tensor(out.view(experts * n, k), [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
-        out,
+        TensorDescriptor(first, [experts * n, k], [k, 1], [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
+        first,
+        table,
         a_t.scale,
         b_t.scale,
         offsets,
@@ -345,6 +370,8 @@ def grouped_wgrad(
         PROMOTE=promote // BLOCK_K if promote < rows else 0,
         STORE=store,
         ACCUMULATE=accumulate,
+        ORDER=order,
+        ALIGNED=aligned,
         num_warps=config.warps,
         num_stages=config.stages,
     )

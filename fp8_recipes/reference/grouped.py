@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from .fold import _shift, fold_transpose
 from .quantize import tile_exponents
 
 SMALLEST_SCALE = 2.0**-126
+Matrices = TypeVar("Matrices", torch.Tensor, Sequence[torch.Tensor])
+"""One matrix per expert: a tensor [E, N, K], or E tensors [N, K]."""
 
 
 @dataclass
@@ -119,15 +121,17 @@ def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.T
 
 
 def _check_outs(out: Sequence[torch.Tensor], experts: int, shape: tuple[int, int]) -> None:
-    """Raise unless ``out`` is one contiguous matrix per expert, alike in dtype and device."""
+    """Raise unless ``out`` is one contiguous matrix per expert, each in memory of its own, alike in dtype and device."""
     if len(out) != experts:
         raise ValueError(f"out has {len(out)} matrices for {experts} experts; give one {shape} matrix per expert")
     dtype, device = out[0].dtype, out[0].device
     for e, t in enumerate(out):
-        if tuple(t.shape) != shape or not t.is_contiguous():
+        if t.shape != shape or not t.is_contiguous():
             raise ValueError(f"out[{e}] must be contiguous of shape {shape}, got shape {tuple(t.shape)} with strides {t.stride()}")
         if t.dtype != dtype or t.device != device:
             raise ValueError(f"out[{e}] is {t.dtype} on {t.device}, out[0] is {dtype} on {device}; all experts' gradients must be alike")
+    if len({t.data_ptr() for t in out}) < experts:
+        raise ValueError("two experts' gradients are the same memory; give every expert its own matrix")
 
 
 def _check_out(out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -171,27 +175,7 @@ def grouped_gemm(
     return out
 
 
-@overload
-def grouped_wgrad(
-    a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: torch.Tensor, accumulate: bool = False, promote: int = 0
-) -> torch.Tensor: ...
-
-
-@overload
-def grouped_wgrad(
-    a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: Sequence[torch.Tensor], accumulate: bool = False, promote: int = 0
-) -> Sequence[torch.Tensor]: ...
-
-
-def grouped_wgrad(
-    a_t: GroupedTensor,
-    b_t: GroupedTensor,
-    offsets: torch.Tensor,
-    *,
-    out: torch.Tensor | Sequence[torch.Tensor],
-    accumulate: bool = False,
-    promote: int = 0,
-) -> torch.Tensor | Sequence[torch.Tensor]:
+def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, *, out: Matrices, accumulate: bool = False, promote: int = 0) -> Matrices:
     """``dw[e, n, k] = scale_a[e, n] * scale_b[e, k] * sum_m a_t[n, m] b_t[k, m]`` over the rows m of expert e, summed in fp32.
 
     a_t: [N, rows] (the output's gradient), b_t: [K, rows] (the input), scales [E, N] and [E, K], from `grouped_fold_transpose`. offsets: int32 [E + 1].

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ if not torch.cuda.is_available():
 
 from fp8_recipes import reference  # noqa: E402
 from fp8_recipes.formats import E4M3, E5M2, Format  # noqa: E402
-from fp8_recipes.kernels import grouped_gemm as module  # noqa: E402
 from fp8_recipes.kernels.grouped_gemm import SMALL, WIDE, GroupedConfig, grouped_gemm, grouped_wgrad  # noqa: E402
 from fp8_recipes.reference import grouped  # noqa: E402
 from fp8_recipes.reference.grouped import GroupedTensor  # noqa: E402
 from fp8_recipes.tensor import ScaledTensor  # noqa: E402
 
+module = import_module("fp8_recipes.kernels.grouped_gemm")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TILE = GroupedConfig(64, 64, stages=2, subtiles=2, group=2, warps=4) if GPU else GroupedConfig(64, 32, stages=2, subtiles=2, group=2)
@@ -135,6 +136,45 @@ def test_wgrad_is_exact_on_integers(blocks: tuple[int, ...], accumulate: bool, n
     assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=accumulate))
 
 
+def scattered(placing: str, experts: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """One matrix per expert in a buffer of NaN: in order, in reverse as Megatron lays out gradients, with gaps, or beginning anywhere."""
+    step = n * k + {"gaps": 64, "unaligned": 3}.get(placing, 0)
+    memory = torch.full((experts * step + 8,), torch.nan, dtype=dtype, device=DEVICE)
+    starts = [1 + e * step if placing == "unaligned" else e * step for e in range(experts)]
+    return [memory[start : start + n * k].view(n, k) for start in (starts[::-1] if placing == "reverse" else starts)]
+
+
+@groups
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("placing", "n", "k"), [("in order", 64, 96), ("reverse", 64, 96), ("reverse", 40, 41), ("gaps", 80, 48), ("unaligned", 40, 41)], ids=str
+)
+def test_wgrad_into_matrices_anywhere(blocks: tuple[int, ...], accumulate: bool, placing: str, n: int, k: int) -> None:
+    a_t, b_t, offsets = transposed(blocks, n, k)
+    before = torch.randint(-8, 9, (len(blocks), n, k)).float().to(DEVICE) if accumulate else torch.full((len(blocks), n, k), torch.nan, device=DEVICE)
+    out = scattered(placing, len(blocks), n, k)
+    around = out[0].as_strided((out[0].untyped_storage().nbytes() // 4,), (1,), 0)
+    for matrix, start in zip(out, before, strict=True):
+        matrix.copy_(start)
+    assert grouped_wgrad(a_t, b_t, offsets, out=out, accumulate=accumulate, config=TILE) is out
+    want = grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=accumulate)
+    assert torch.equal(torch.stack(out), want)
+    assert int(around.isnan().sum()) == around.numel() - want.numel(), "something was written between the matrices"
+    separate = [t.clone() for t in before]
+    grouped_wgrad(a_t, b_t, offsets, out=separate, accumulate=accumulate, config=TILE)
+    assert torch.equal(torch.stack(separate), want)
+
+
+@pytest.mark.parametrize("placing", ["reverse", "gaps"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_wgrad_into_bf16_matrices(placing: str, accumulate: bool) -> None:
+    a_t, b_t, offsets = transposed((1, 0, 2), 64, 48)
+    out = [t.fill_(2) for t in scattered(placing, 3, 64, 48, torch.bfloat16)]
+    grouped_wgrad(a_t, b_t, offsets, out=out, accumulate=accumulate, config=TILE)
+    want = grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.full((3, 64, 48), 2.0, device=DEVICE), accumulate=accumulate)
+    torch.testing.assert_close(torch.stack(out).float(), want, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("store", ["reduce", "add"])
 @pytest.mark.parametrize("promote", [0, 128, 256])
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
@@ -223,6 +263,11 @@ def _wgrad(**change):
         (lambda: _wgrad(out=torch.zeros(2, 32, 16, device=DEVICE)), ValueError, "out must be contiguous of shape"),
         (lambda: _wgrad(out=torch.zeros(2, 16, 32, dtype=torch.float16, device=DEVICE)), TypeError, "bfloat16 or float32"),
         (lambda: _wgrad(b_t=transposed((1, 1, 1), 16, 32)[1]), ValueError, "row counts differ"),
+        (lambda: _wgrad(out=[torch.zeros(16, 32, device=DEVICE)]), ValueError, r"out has 1 matrices for 2 experts; give one \(16, 32\) matrix per expert"),
+        (lambda: _wgrad(out=[torch.zeros(16, 32, device=DEVICE), torch.zeros(32, 16, device=DEVICE).t()]), ValueError, r"out\[1\] must be contiguous"),
+        (lambda: _wgrad(out=[torch.zeros(16, 32, device=DEVICE).to(t) for t in (torch.float32, torch.bfloat16)]), ValueError, r"out\[1\] is torch.bfloat16"),
+        (lambda: _wgrad(out=[torch.zeros(16, 32, device=DEVICE)] * 2), ValueError, "the same memory"),
+        (lambda: _wgrad(out=[torch.zeros(16, 32, dtype=torch.float16, device=DEVICE) for _ in range(2)]), TypeError, "bfloat16 or float32"),
     ],
 )
 def test_bad_input_names_the_value(call, error, message: str) -> None:
@@ -250,14 +295,19 @@ for kernel, dtype, constants in (
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=8, STORE="reduce", ACCUMULATE=True)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=8, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
     constants = {**usual, **constants}
+    if kernel is _grouped_wgrad_kernel:
+        constants = {"ORDER": 1, "ALIGNED": True, **constants}
+        constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
-                 block_expert_ptr="*i32", offsets_ptr="*i32")
+                 block_expert_ptr="*i32", offsets_ptr="*i32", table_ptr="*i64")
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ("rows", "N", "K")}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n.endswith("_ptr") or n in ("rows", "N", "K")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
     path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
@@ -275,7 +325,7 @@ def test_machine_code_streams_products() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 5
+    assert len(listings) == 7
     for listing in listings:
         name, *lines = listing.splitlines()
         products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
