@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .architecture import ARCHITECTURES, ArchitectureError
+from .architecture import from_name as architecture
 from .recipe import RECIPES, Recipe, RecipeError, from_name, from_yaml
 
 
@@ -43,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="train a small GPT on real text in high precision and with a recipe, and compare")
     demo.add_argument("--recipe", default="moss", help="name, name:key=value,... or a YAML file (default: moss)")
+    demo.add_argument("--arch", default="llama3", help=f"{', '.join(ARCHITECTURES)}; name or name:key=value,... (default: llama3)")
     demo.add_argument("--steps", type=int, default=None, help="training steps of each run (default: 400 on the CPU, 500 on CUDA)")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA on a Hopper GPU (default)")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for loss.png, log.jsonl and summary.json (default: runs/demo)")
@@ -62,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .demo_report import run_demo
 
     try:
-        recipe = _recipe(arguments.recipe)
-        run_demo(recipe, steps=arguments.steps, device=arguments.device, out=arguments.out, data=arguments.data, seed=arguments.seed)
-    except (DemoError, RecipeError) as error:
+        recipe, arch = _recipe(arguments.recipe), architecture(arguments.arch)
+        run_demo(recipe, arch, steps=arguments.steps, device=arguments.device, out=arguments.out, data=arguments.data, seed=arguments.seed)
+    except (DemoError, RecipeError, ArchitectureError) as error:
         print(f"fp8-recipes: {error}", file=sys.stderr)
         return 2
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .architecture import LLAMA3, Architecture
 from .monitor import Counts, Monitor
 from .nn import Linear, convert
 from .nn.gpt import GPT, GPTConfig, is_high_precision
@@ -79,12 +80,12 @@ class Setup:
         return self.peak_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def setup(device: str, steps: int | None = None, seed: int = 0) -> Setup:
-    """The demo's model and schedule for "cpu" (0.5M parameters, under 3 minutes on two cores) or "cuda" (0.4B parameters)."""
+def setup(device: str, steps: int | None = None, seed: int = 0, arch: Architecture = LLAMA3) -> Setup:
+    """The demo's model and schedule for "cpu" (0.5M parameters, under 3 minutes on two cores) or "cuda" (0.4B parameters), of whatever architecture."""
     if device == "cuda":
-        gpt = GPTConfig(layers=8, width=2048, heads=16, seq=1024)
+        gpt = GPTConfig(layers=8, width=2048, heads=16, seq=1024, arch=arch)
         return Setup(device, 500 if steps is None else steps, gpt, batch=16, peak_lr=6e-4, seed=seed)
-    gpt = GPTConfig(layers=2, width=128, heads=4, seq=128)
+    gpt = GPTConfig(layers=2, width=128, heads=4, seq=128, arch=arch)
     return Setup(device, 400 if steps is None else steps, gpt, batch=8, peak_lr=1e-3, seed=seed)
 
 

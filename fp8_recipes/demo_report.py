@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .architecture import Architecture
 from .demo import DemoError, Run, Setup, Text, choose_device, compare, deviation, load_text, setup, trailing_mean
 from .monitor import as_percent, describe_range, total
 from .recipe import Recipe
@@ -19,7 +20,7 @@ from .recipe import Recipe
 _BASELINE_COLOUR, _RECIPE_COLOUR = "#4c566a", "#c2410c"
 
 
-def run_demo(recipe: Recipe, *, steps: int | None, device: str, out: Path, data: Path | None, seed: int) -> None:
+def run_demo(recipe: Recipe, arch: Architecture, *, steps: int | None, device: str, out: Path, data: Path | None, seed: int) -> None:
     """``fp8-recipes demo``: check everything, train twice with a progress bar, report. Raises `DemoError` before any training."""
     missing = [m for m in ("rich", "matplotlib") if importlib.util.find_spec(m) is None]
     if missing:
@@ -27,7 +28,7 @@ def run_demo(recipe: Recipe, *, steps: int | None, device: str, out: Path, data:
     if out.exists() and not out.is_dir():
         raise DemoError(f"--out {out} is a file; name a folder")
     chosen, why = choose_device(device)
-    config = setup(chosen, steps, seed)
+    config = setup(chosen, steps, seed, arch)
     text = load_text(data, config.gpt.seq)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -36,6 +37,7 @@ def run_demo(recipe: Recipe, *, steps: int | None, device: str, out: Path, data:
     console = Console()
     numerics = "Triton kernels" if chosen == "cuda" else "reference numerics"
     console.print(f"[bold]fp8-recipes demo[/]: {recipe.name} against {config.baseline}, {numerics} on {chosen} ({why})", highlight=False)
+    console.print(f"architecture: {arch}", highlight=False, soft_wrap=True)
     console.print(f"text: {text.source}, {text.files} files, {(len(text.train) + len(text.held_out)) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
     baseline, quantised = _train_with_progress(console, recipe, config, text)
     write_log(out / "log.jsonl", config, [baseline, quantised])
@@ -67,8 +69,7 @@ def table(recipe: Recipe, config: Setup, baseline: Run, quantised: Run) -> Any:
     from rich.table import Table
 
     m = config.gpt
-    parameters = m.layers * (4 * m.width**2 + 3 * m.width * m.inner) + 2 * m.vocab * m.width
-    title = f"{m.layers} layers, width {m.width}, {parameters / 1e6:.1f}M parameters, {config.steps} steps of {config.batch * m.seq} bytes"
+    title = f"{m.arch.name}, {m.layers} layers, width {m.width}, {m.parameters / 1e6:.1f}M parameters, {config.steps} steps of {config.batch * m.seq} bytes"
     caption = "high precision: fp32 on CPU, bf16 on CUDA. Losses in nats per byte, training loss over the last "
     caption += f"{config.window} steps. Flushes, scales and saturations counted in {quantised.observed_steps} steps."
     result = Table(title=title, title_style="bold", caption=caption)
@@ -147,7 +148,7 @@ def plot(path: Path, config: Setup, baseline: Run, quantised: Run) -> None:
         upper.plot(steps, smooth[run.name], color=colour, linewidth=1.8, linestyle=style, label=label)
     upper.set_ylabel("loss, nats per byte")
     upper.legend(frameon=False, loc="upper right")
-    title = f"{quantised.name} against {baseline.name}: GPT, {config.gpt.layers} layers, width {config.gpt.width}, {config.device}"
+    title = f"{quantised.name} against {baseline.name}: {config.gpt.arch.name}, {config.gpt.layers} layers, width {config.gpt.width}, {config.device}"
     upper.set_title(title, loc="left", fontsize=11)
 
     relative = [deviation(b, a) for a, b in zip(smooth[baseline.name], smooth[quantised.name], strict=True)]

@@ -43,6 +43,8 @@ def test_demo_writes_table_log_summary_and_plot(tmp_path: Path, capsys: pytest.C
         (["--recipe", "mos"], "unknown recipe 'mos'; known: .*did you mean moss"),
         (["--recipe", "moss:intervall=3"], "no key 'intervall' .did you mean interval"),
         (["--recipe", "missing.yaml"], "missing.yaml: no such file"),
+        (["--arch", "fog-strong"], "unknown architecture 'fog-strong'; known: llama3, .*did you mean fog-"),
+        (["--arch", "fog-max:activation=swiglu"], "activation=swiglu contradicts the name: fog-max has activation=xielu"),
         (["--data", "no/such/text"], "--data no/such/text: no such file or folder"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--steps", "-5"], "--steps -5 must be at least 1"),
@@ -60,6 +62,18 @@ def test_mistakes_are_one_sentence_and_code_2(
     with pytest.raises(ValueError, match=words):
         raise ValueError(captured.err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_demo_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["--steps", "2", "--device", "cpu", "--out", str(out), "--data", str(tiny_text(tmp_path))]
+    assert main(["demo", "--arch", "fog-flash:tanh_alpha=1", *arguments]) == 0
+    written = json.loads((out / "summary.json").read_text())["setup"]["gpt"]["arch"]
+    assert written["name"] == "fog-flash" and written["tanh_alpha"] == 1.0 and written["activation"] == "gelu"
+    assert "architecture: fog-flash(pre_norm=false, post_norm=true" in capsys.readouterr().out
+    assert main(["demo", *arguments]) == 0
+    assert json.loads((out / "summary.json").read_text())["setup"]["gpt"]["arch"]["name"] == "llama3"
+    capsys.readouterr()
 
 
 def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,138 @@
+"""The parts that FOG's architectures (arXiv 2505.20524) and their baselines put into a transformer block; `nn.gpt` puts them together.
+
+    xIELU           FFN activation of FOG-max               LayerScale      gain on a branch's output (OP)
+    TanhBound       queries and keys of FOG-flash           smooth_swiglu   the Smooth-SwiGLU baseline's FFN
+    RMSNorm         with any initial gain, trained or none
+
+Each computes in fp32 and saves its input alone, in the input's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..reference.xielu import BETA, xielu, xielu_alpha_gradient, xielu_backward
+
+XIELU_ALPHA = 0.8
+"""Initial alpha_p and alpha_n."""
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension, computed in fp32, returned in x's dtype.
+
+    gain: initial value of the trained gains [width]; with trained=False there are none, and nothing is stored.
+    """
+
+    def __init__(self, width: int, gain: float = 1.0, trained: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        if not trained and gain != 1.0:
+            raise ValueError(f"RMSNorm without trained gains has gain 1, got {gain}; scale its consumer instead (attention: the softmax scale)")
+        self.weight = nn.Parameter(torch.full((width,), gain)) if trained else None
+        self.width, self.eps = width, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        xf = x.float()
+        y = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + self.eps)
+        return (y if self.weight is None else y * self.weight.float()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps}{'' if self.weight is not None else ', no gain'}"
+
+
+class LayerScale(nn.Module):
+    """``x * weight``, one trained factor per feature, all initially `init` (arXiv 2103.17239). The gradient of the weight is the sum of dy * x over tokens."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.to(x.dtype)
+
+
+class TanhBound(nn.Module):
+    """``tanh(alpha x)`` with one trained alpha: bounds queries and keys without a reduction over features. alpha: 0-dim parameter."""
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Tanh.apply(x, self.alpha)
+
+
+class _Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, alpha)
+        return torch.tanh(x.float() * alpha.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, alpha = ctx.saved_tensors
+        xf, a = x.float(), alpha.float()
+        dz = dy.float() * (1 - torch.tanh(xf * a).square())  # z = alpha x
+        dx = (dz * a).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, (dz * xf).sum(dtype=torch.float64).to(alpha.dtype) if ctx.needs_input_grad[1] else None
+
+
+class XIELU(nn.Module):
+    """xIELU (arXiv 2411.13010; `fp8_recipes.reference.xielu` has the equations), elementwise, with two trained numbers.
+
+    alpha_p, alpha_n: 0-dim parameters *before* softplus, initially such that both effective alphas are 0.8.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(_softplus_inverse(XIELU_ALPHA))
+        self.alpha_n = nn.Parameter(_softplus_inverse(XIELU_ALPHA - BETA))
+
+    def alpha(self) -> torch.Tensor:
+        """[alpha_p, alpha_n] as the operations take them: ``[softplus(p), 1/2 + softplus(n)]`` fp32."""
+        raw = torch.stack((self.alpha_p, self.alpha_n)).float()
+        return F.softplus(raw) + torch.tensor((0.0, BETA), device=raw.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Xielu.apply(x, self.alpha())
+
+    def extra_repr(self) -> str:
+        return "alpha_p={:.4g}, alpha_n={:.4g}".format(*self.alpha().tolist()) if self.alpha_p.device.type != "meta" else ""
+
+
+def _softplus_inverse(y: float) -> torch.Tensor:
+    """x with log(1 + e^x) = y."""
+    return torch.tensor(y, dtype=torch.float64).expm1().log().float()
+
+
+class _Xielu(torch.autograd.Function):
+    """See `XIELU`. alpha: effective alphas fp32 [2]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, alpha)
+        return xielu(x.reshape(-1, x.shape[-1]), alpha).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, alpha = ctx.saved_tensors
+        x2d, dy2d = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
+        dx = xielu_backward(dy2d, x2d, alpha).to(x.dtype).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, xielu_alpha_gradient(dy2d, x2d) if ctx.needs_input_grad[1] else None
+
+
+def smooth_swiglu(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(``silu(gate) * up / s``, s) with s = max |gate| of the token [..., 1], a constant to the gradient; 1 where the whole gate is zero.
+
+    The caller multiplies the FFN's output by s. In exact arithmetic nothing changes; what FP8 sees is smaller. The published method (arXiv 2409.12517)
+    has one factor per channel; this is FOG's baseline. Under a recipe with one scale per row s is mostly absorbed by that scale.
+    """
+    s = gate.detach().abs().amax(-1, keepdim=True)
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    return F.silu(gate) * (up / s), s
