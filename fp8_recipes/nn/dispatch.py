@@ -6,8 +6,8 @@
     dprob = d.combine_prob(dprob', plan)                  and one fp32 number per copy, for the router
 
 `Local` is the identity, for a model without expert parallelism. `AllToAll` runs on any backend with all_to_all_single (NCCL; gloo on the CPU). `DeepEP` uses
-DeepSeek's library. The gradient of a dispatch is a combine with the same plan, and the other way round: dispatch(q, None, plan) sends gradients, without
-ids and probabilities, which the receiver still has.
+DeepSeek's library; it has been run against a stand-in of that library only, never against the library itself. The gradient of a dispatch is a combine with
+the same plan, and the other way round: dispatch(q, None, plan) sends gradients, without ids and probabilities, which the receiver still has.
 
 A rank that leaves the group while the others wait is an error on all of them, at the latest when the process group's timeout ends.
 """
@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 from .. import ops
 from ..reference.dispatch import HEADER, SendMap, check_send, row_layout
-from ..tensor import ScaledTensor
+from ..tensor import TILE, ScaledTensor
 
+CARRIER_COLUMNS = 256
+"""Columns of the rows that accompany one number per copy through DeepEP."""
 Dispatched = tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -48,8 +50,8 @@ class Dispatcher(Protocol):
 
 
 def check_rows(t: torch.Tensor, rows: int, name: str) -> None:
-    if t.dim() != 2 or t.shape[0] != rows:
-        raise ValueError(f"{name} must be [{rows}, cols], one row for each that the plan has here; got shape {tuple(t.shape)}")
+    if t.dim() != 2 or t.shape[0] != rows or not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous [{rows}, cols], one row for each that the plan has here; got {tuple(t.shape)}, strides {t.stride()}")
 
 
 class Local:
@@ -204,3 +206,99 @@ def raise_disagreement(everyone: list[dict[str, object]]) -> NoReturn:
     """everyone: the terms of each rank, which are not all the same."""
     shown = "; ".join(f"rank {r}: " + ", ".join(f"{k} {v}" for k, v in terms.items()) for r, terms in enumerate(everyone))
     raise ValueError(f"the ranks of the group do not fit together ({shown}); give every rank the same model, recipe and order of calls")
+
+
+@dataclass
+class DeepEPPlan:
+    """expert_index: [T, K] int64, dropped copies -1. handle: what the library remembers of the forward dispatch, with which everything else travels."""
+
+    expert_index: torch.Tensor
+    num_experts: int
+    handle: Any = None
+
+
+class DeepEP:
+    """DeepSeek's library behind the same interface: its kernels for one node over NVLink, or for several with RDMA. For E4M3 and E5M2 payloads whose columns
+    are a multiple of 128. The library moves one fp32 word per 128 columns; here its exponent field is the row's scale and its lowest byte the tile's exponent.
+
+    The counts are exchanged inside the forward dispatch, where the host waits. An id outside the experts is a dropped copy. NEVER RUN with the library (1.x,
+    class deep_ep.Buffer): tests/nn/test_dispatch.py checks these calls against a stand-in with the documented semantics.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        try:
+            import deep_ep
+        except ImportError as error:
+            raise RuntimeError("dispatch with DeepEP needs the package deep_ep (github.com/deepseek-ai/DeepEP); install it or use AllToAll") from error
+        self._library = deep_ep
+        self.group = group if group is not None else dist.group.WORLD
+        self.size = dist.get_world_size(self.group)
+        self._buffer: Any = None
+        self._hidden_bytes = 0
+
+    def plan(self, expert_index: torch.Tensor, num_experts: int) -> DeepEPPlan:
+        check_send(expert_index, num_experts, self.size)
+        return DeepEPPlan(torch.where((expert_index >= 0) & (expert_index < num_experts), expert_index, -1).long(), num_experts)
+
+    @torch.no_grad()
+    def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: DeepEPPlan) -> Dispatched:
+        check_rows(q.payload, plan.expert_index.shape[0], "q")
+        x = (q.payload.view(torch.float8_e4m3fn), scale_words(q))  # the library looks at the type and moves bytes
+        buffer = self._reserve(q.shape[1])
+        index, weight = None, None
+        if prob is None:
+            if plan.handle is None:
+                raise RuntimeError("this plan has not been dispatched with probabilities yet, so the library knows no handle; dispatch forward first")
+            received = buffer.dispatch(x, handle=plan.handle)[0]
+        else:
+            per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(plan.expert_index, plan.num_experts)
+            received, index, weight, _, plan.handle, _ = buffer.dispatch(
+                x,
+                topk_idx=plan.expert_index,
+                topk_weights=prob,
+                num_tokens_per_rank=per_rank,
+                num_tokens_per_rdma_rank=per_node,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+            )
+            index = index.int()
+        payload, words = received
+        return from_scale_words(payload.view(q.payload.dtype), words, q.tile_exponent is not None), index, weight
+
+    @torch.no_grad()
+    def combine(self, y: torch.Tensor, plan: DeepEPPlan) -> torch.Tensor:
+        return self._reserve(y.shape[1]).combine(y, plan.handle)[0]
+
+    @torch.no_grad()
+    def combine_prob(self, dprob: torch.Tensor, plan: DeepEPPlan) -> torch.Tensor:
+        # The library takes one number per copy only beside bf16 rows: the narrowest ones go along.
+        carrier = torch.zeros(dprob.shape[0], CARRIER_COLUMNS, dtype=torch.bfloat16, device=dprob.device)
+        return self._reserve(CARRIER_COLUMNS).combine(carrier, plan.handle, topk_weights=dprob)[1]
+
+    def _reserve(self, columns: int) -> Any:
+        """The library's buffer, large enough for bf16 rows of ``columns``."""
+        hidden_bytes = 2 * columns
+        if self._buffer is None or hidden_bytes > self._hidden_bytes:
+            kind = self._library.Buffer
+            configs = (kind.get_dispatch_config(self.size), kind.get_combine_config(self.size))
+            nvlink = max(c.get_nvl_buffer_size_hint(hidden_bytes, self.size) for c in configs)
+            rdma = max(c.get_rdma_buffer_size_hint(hidden_bytes, self.size) for c in configs)
+            self._buffer, self._hidden_bytes = kind(self.group, nvlink, rdma), hidden_bytes
+        return self._buffer
+
+
+def scale_words(q: ScaledTensor) -> torch.Tensor:
+    """[T, cols / 128] fp32: in every word the row's scale, a power of two, with the tile's exponent in the lowest byte of the mantissa."""
+    layout = row_layout(q, 0)
+    if layout.cols % TILE:
+        raise ValueError(f"DeepEP moves one scale per {TILE} columns, so the columns must be a multiple of {TILE}, got {layout.cols}; use AllToAll")
+    words = q.scale.view(torch.int32)[:, None].expand(-1, layout.cols // TILE)
+    words = words.clone() if q.tile_exponent is None else words | q.tile_exponent.int()
+    return words.view(torch.float32)
+
+
+def from_scale_words(payload: torch.Tensor, words: torch.Tensor, tile_exponents: bool) -> ScaledTensor:
+    """The inverse of `scale_words`."""
+    bits = words.contiguous().view(torch.int32)
+    scale = (bits[:, 0] & 0x7F800000).view(torch.float32)
+    return ScaledTensor(payload, scale, "row", tile_exponent=(bits & 0xFF).byte() if tile_exponents else None)
