@@ -64,6 +64,7 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
         zero_centered_gamma=fc1.zero_centered_gamma,
         fuse_wgrad=fc1.fuse_wgrad_accumulation,
         accumulate=not first,
+        observer=getattr(mlp, "fp8_observer", None),  # set by `metrics`
     )
 
 

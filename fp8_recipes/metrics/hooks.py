@@ -9,7 +9,7 @@ nothing: each tensor is counted once, whatever is recomputed and by whose implem
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ def in_backward() -> bool:
 class MonitorHooks:
     """Forward hooks on ``targets`` that add to ``table`` in observed steps.
 
-    interval: observe every so many steps. Raises ValueError for two targets of one name or an interval below 1.
+    interval: observe every so many steps. Targets that share a name are parts of one tensor (experts, each a module of its own).
+    Raises ValueError for an interval below 1 and for parts that are not cut alike.
     """
 
     def __init__(self, targets: Iterable[Target], table: MomentTable | None = None, *, interval: int = 10) -> None:
@@ -61,11 +62,14 @@ class MonitorHooks:
         self.interval = interval
         self.active = True
         """Is the step now running observed?"""
+        self.before_reading: list[Callable[[], None]] = []
+        """Called at the end of an observed step: the place to add what changes once a step, such as weights."""
         self.targets = list(targets)
-        names = [t.name for t in self.targets]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two targets are called {twice[0]!r}; give every tensor its own name")
+        seen: dict[str, Target] = {}
+        for t in self.targets:
+            first = seen.setdefault(t.name, t)
+            if (first.side, first.shard, first.copies) != (t.side, t.shard, t.copies):
+                raise ValueError(f"two targets are called {t.name!r} but are not parts of one tensor (side, shard or copies differ); rename one")
         self._handles = [t.module.register_forward_hook(self._hook(t), with_kwargs=True) for t in self.targets]
 
     def _hook(self, target: Target) -> Any:
@@ -89,10 +93,16 @@ class MonitorHooks:
         """Call after every optimizer step, on every rank. Readings if the step was observed, else None; decides whether step + 1 is observed."""
         readings = None
         if self.active:
+            for before in self.before_reading:
+                before()
             readings = self.table.reduce()
             self.table.reset()
         self.active = (step + 1) % self.interval == 0
         return readings
+
+    def also(self, handle: Any) -> None:
+        """Remove ``handle`` (of a hook that somebody else registered) together with these hooks."""
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Take the hooks off again."""

@@ -10,6 +10,7 @@ the payload of the SwiGLU's output (F bytes).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,15 @@ from ..tensor import ScaledTensor
 @dataclass(frozen=True)
 class Options:
     """eps, zero_centered_gamma: of the norm. fuse_wgrad: accumulate into ``weight.main_grad`` in the product's epilogue. accumulate: add (True) or overwrite
-    (first microbatch)."""
+    (first microbatch). observer: ``observer(linear, role, x, q)`` sees what is quantised, linear "linear_fc1" or "linear_fc2", role "input" or "grad"; x is
+    None where a fused kernel made q."""
 
     recipe: Recipe
     eps: float
     zero_centered_gamma: bool = False
     fuse_wgrad: bool = False
     accumulate: bool = True
+    observer: Callable[[str, str, torch.Tensor | None, ScaledTensor], None] | None = None
 
 
 def _pack(q: ScaledTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -57,6 +60,9 @@ class _NormSwiGLU(torch.autograd.Function):
         op1, op2 = products.weight_operand(w1, recipe), products.weight_operand(w2, recipe)
         h = products.fprop(xq, op1, out_dtype=x.dtype)  # [T, H] @ [H, 2F]
         aq = ops.swiglu_quantize(h, granularity, fmt, fold=fold)
+        if options.observer is not None:
+            options.observer("linear_fc1", "input", None, xq)
+            options.observer("linear_fc2", "input", None, aq)
         y = products.fprop(aq, op2, out_dtype=x.dtype)  # [T, F] @ [F, H]
         ctx.save_for_backward(x2d, rstd, h, *_pack(xq), *_pack(aq), gamma, w1, w2, op1.amax, op2.amax)
         ctx.options, ctx.shape, ctx.increments = options, x.shape, (op1.increment, op2.increment)
@@ -74,11 +80,17 @@ class _NormSwiGLU(torch.autograd.Function):
         op2 = products.Weight(w2.detach(), recipe, amax2, ctx.increments[1])
         fold = None if recipe.grad_granularity == "row" else "row"
 
-        dyq = products.quantize_grad(dy.reshape(-1, dy.shape[-1]).contiguous(), recipe)
+        dy2d = dy.reshape(-1, dy.shape[-1]).contiguous()
+        dyq = products.quantize_grad(dy2d, recipe)
+        if options.observer is not None:
+            options.observer("linear_fc2", "grad", dy2d, dyq)
+        del dy2d
         da = products.dgrad(dyq, op2, out_dtype=dy.dtype)  # [T, H] @ [H, F]
         dw2 = _weight_gradient(dyq, aq, ctx.weights[1], options)
         del dyq, aq
         dhq = ops.swiglu_backward_quantize(da, h, recipe.grad_granularity, recipe.grad_format, fold=fold)
+        if options.observer is not None:
+            options.observer("linear_fc1", "grad", None, dhq)
         del da, h
         dn = products.dgrad(dhq, op1, out_dtype=dy.dtype)  # [T, 2F] @ [2F, H]
         dw1 = _weight_gradient(dhq, xq, ctx.weights[0], options)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,8 @@ class FP8Quantizer(Quantizer):
         self.tensor_type = tensor_type
         self.needs_bias_gradient = False
         """Set by the shims on LayerNormMLP's quantizers: does the layer add a bias before its activation?"""
+        self.observer: Callable[[str, torch.Tensor, ScaledTensor], None] | None = None
+        """``observer(tensor_type, x, q)`` sees every input and output gradient beside its quantised form (`te.observe`)."""
 
     def copy(self) -> FP8Quantizer:
         return copy.copy(self)
@@ -165,7 +168,10 @@ class FP8Quantizer(Quantizer):
         x = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
         cast = products.quantize_grad if self.tensor_type == "grad_output" else products.quantize_activation
         products.check_alignment(x.device, tokens=x.shape[0], features=x.shape[1])
-        return QuantizedActivation(cast(x, self.recipe), self, tensor.shape, dtype or tensor.dtype)
+        q = cast(x, self.recipe)
+        if self.observer is not None:
+            self.observer(self.tensor_type, x, q)
+        return QuantizedActivation(q, self, tensor.shape, dtype or tensor.dtype)
 
     def update_quantized(self, src: torch.Tensor, dst: Any, *, noop_flag: torch.Tensor | None = None) -> Any:
         """Refresh a cached weight at the first microbatch of a step."""

@@ -144,6 +144,11 @@ def test_what_cannot_be_watched_is_named() -> None:
         MonitorHooks([Target("y", layer)], interval=0)
     with pytest.raises(ValueError, match="'y'"):
         MonitorHooks([Target("y", layer), Target("y", layer, "input")])
+    parts = MonitorHooks([Target("y", layer), Target("y", torch.nn.Identity())])
+    for target in parts.targets:
+        target.module(torch.ones(2, 4))
+    readings = parts.end_step(1)
+    assert readings is not None and readings["y"].elements == 16
     with pytest.raises(ValueError, match="'middle'"):
         Target("y", layer, "middle")
     with pytest.raises(ValueError, match="Linear has no blocks"):

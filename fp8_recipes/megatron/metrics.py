@@ -1,0 +1,241 @@
+"""The metrics inside Megatron: which modules of a GPTModel are watched, and the calls that connect them to a run.
+
+    metrics.install(model, args)      after the model is built (with the optimizer, see `weight_scaling_hook`)
+    metrics.install_training_log()    once: `after_step` runs after every iteration, on every rank
+
+Flags (set by `arguments`): ``fp8_metrics_interval`` (0 = off), ``fp8_metrics_log`` (path of the JSON lines), ``fp8_alarm`` ("warn" or "stop").
+TensorBoard and Weights & Biases get the same numbers if Megatron was given ``--tensorboard-dir`` or ``--wandb-project``.
+
+Watched: output of linear_qkv, input of the FFN's linear_fc2 (dense, experts), output of the layer; under FP8 every input, weight and gradient of the linears.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import ops
+from ..formats import scale_from_amax
+from ..metrics import Alarm, Alarms, JsonLines, MonitorHooks, RunMetrics, Target, TensorBoard, Thresholds, WandB
+from ..metrics.hooks import BLOCK_OUTPUT, DOWN_INPUT, QKV, in_backward
+from ..metrics.sinks import read_kurtosis
+from ..recipe import RecipeError
+from ..tensor import ScaledTensor
+from ..weight_scaling import ATTRIBUTE
+
+_MARK = "_fp8_recipes_metrics"
+STOP_ON = ("nonfinite", "kurtosis")
+"""Kinds of alarm that end the run under ``fp8_alarm="stop"``; the others only warn."""
+_PROJECTIONS = (("linear_qkv", QKV), ("linear_q_proj", "q"), ("linear_q_up_proj", "q"), ("linear_kv_up_proj", "kv"))
+
+
+class _Installed:
+    """The one set of metrics of this process."""
+
+    run: RunMetrics | None = None
+    args: Any = None
+    started = False
+
+
+# --- finding the modules ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def layers_of(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """("layers.N", layer) for every transformer layer of the model's chunks on this rank, N the global number from 1. Multi-token-prediction layers, which
+    count from 1 too, are left out."""
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            if all(hasattr(module, name) for name in ("layer_number", "self_attention", "mlp")) and "mtp" not in path.split("."):
+                yield f"layers.{int(module.layer_number)}", module  # type: ignore[call-overload]
+
+
+def find_targets(chunks: Iterable[torch.nn.Module], args: Any) -> list[Target]:
+    """Targets of a Megatron model. Raises RuntimeError where a pipeline of one stage has none."""
+    found: list[Target] = []
+    for name, layer in layers_of(chunks):
+        group = _tp_group(layer)
+        for attribute, tensor in _PROJECTIONS:
+            projection = getattr(layer.self_attention, attribute, None)
+            if projection is not None:
+                found.append(Target(f"{name}.{tensor}", projection, shard=group))
+        found += [Target(f"{name}.{tensor}", fc2, "input", shard=part) for tensor, fc2, part in _down_projections(layer.mlp, group)]
+        whole = group is not None and not getattr(args, "sequence_parallel", False)
+        found.append(Target(f"{name}.{BLOCK_OUTPUT}", layer, copies=dist.get_world_size(group) if whole else 1))
+    if not found and getattr(args, "pipeline_model_parallel_size", 1) == 1:
+        raise RuntimeError("this model has no layers with self_attention and mlp, so there is nothing to take metrics of; use --fp8-metrics-interval 0")
+    return found
+
+
+def _down_projections(mlp: Any, group: Any) -> Iterator[tuple[str, torch.nn.Module, Any]]:
+    """(tensor, module, group that splits its features) of a dense MLP, or of the experts and shared experts of an MoE layer."""
+    experts = getattr(mlp, "experts", None)
+    if experts is None:
+        if getattr(mlp, "linear_fc2", None) is not None:
+            yield DOWN_INPUT, mlp.linear_fc2, group
+        return
+    inner = [experts] if getattr(experts, "linear_fc2", None) is not None else list(getattr(experts, "local_experts", []))
+    for expert in inner:
+        yield DOWN_INPUT, expert.linear_fc2, _group(getattr(expert, "tp_group", None))
+    shared = getattr(mlp, "shared_experts", None)
+    if shared is not None:
+        yield f"shared_{DOWN_INPUT}", shared.linear_fc2, group
+
+
+def _tp_group(layer: Any) -> Any:
+    collection = getattr(layer.self_attention, "pg_collection", None)
+    return _group(getattr(collection, "tp", None))
+
+
+def _group(group: Any) -> Any:
+    return group if group is not None and dist.is_initialized() and dist.get_world_size(group) > 1 else None
+
+
+# --- what the linears quantise ----------------------------------------------------------------------------------------------------------------------------
+
+
+def observe_quantised(chunks: list[torch.nn.Module], hooks: MonitorHooks) -> None:
+    """Report every quantised tensor of the layers: TransformerEngine's modules, the fused MLP, and once a step the weights under predicted scales."""
+    from ..te.observe import observe_modules
+
+    predicted: list[tuple[str, Any]] = []
+    for name, layer in layers_of(chunks):
+        named = [(f"{name}.{path}", module) for path, module in layer.named_modules() if path]
+        observe_modules(named, hooks)
+        predicted += [(f"{path}.weight", p) for path, module in named for p in module.parameters(recurse=False) if hasattr(p, ATTRIBUTE)]
+        if getattr(layer.mlp, "linear_fc2", None) is not None:
+            layer.mlp.fp8_observer = _fused_observer(hooks, name)  # type: ignore[union-attr]
+    hooks.before_reading.append(lambda: _add_predicted(hooks, predicted))
+
+
+def _fused_observer(hooks: MonitorHooks, name: str) -> Any:
+    """For the fused MLP, where fc2 is not called as a module: its input exists as FP8 only, so its kurtosis is that of the payload."""
+
+    def observer(linear: str, role: str, x: torch.Tensor | None, q: ScaledTensor) -> None:
+        if not hooks.active:
+            return
+        hooks.observe(f"{name}.mlp.{linear}", role, x, q)
+        if (linear, role) == ("linear_fc2", "input") and not in_backward():
+            hooks.table.add(f"{name}.{DOWN_INPUT}", ops.dequantize(q, torch.bfloat16))
+
+    return observer
+
+
+def _add_predicted(hooks: MonitorHooks, weights: list[tuple[str, Any]]) -> None:
+    """Weights under the scale that their next use will take."""
+    for name, weight in weights:
+        amax, increment = getattr(weight, ATTRIBUTE).amax_and_increment(weight.detach())
+        hooks.table.add(name, weight, scale=scale_from_amax(amax.float() + increment).reshape(()))
+
+
+# --- connecting them to a run -----------------------------------------------------------------------------------------------------------------------------
+
+
+def install(model: Any, args: Any) -> RunMetrics | None:
+    """Put the hooks on ``model`` (one chunk or a list). None if ``args.fp8_metrics_interval`` is 0. Raises RecipeError for what cannot be watched."""
+    interval = int(getattr(args, "fp8_metrics_interval", 0) or 0)
+    if interval == 0:
+        return None
+    check(args)
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    hooks = MonitorHooks(find_targets(chunks, args), interval=interval)
+    if getattr(args, "fp8", None):
+        observe_quantised(chunks, hooks)
+    warmup = max(Thresholds.warmup, int(getattr(args, "lr_warmup_iters", 0) or 0))
+    stops = getattr(args, "fp8_alarm", "warn") == "stop"
+    _Installed.run = RunMetrics(
+        hooks, alarms=Alarms(Thresholds(warmup=warmup)), stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None
+    )
+    _Installed.args, _Installed.started = args, False
+    return _Installed.run
+
+
+def check(args: Any) -> None:
+    """Raise RecipeError, naming the flag and the way out, where the metrics cannot be right."""
+    if args.fp8_metrics_interval < 0:
+        raise RecipeError(f"--fp8-metrics-interval {args.fp8_metrics_interval}: must be 0 (off) or a number of iterations")
+    graphs = getattr(args, "cuda_graph_impl", "none")
+    if graphs not in (None, "none"):
+        raise RecipeError(f"--cuda-graph-impl {graphs}: a replayed graph calls no hooks, so the metrics would miss it; use --fp8-metrics-interval 0 with it")
+    if getattr(args, "fp8_alarm", "warn") == "stop" and not getattr(args, "save", None):
+        raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH")
+
+
+def after_step(iteration: int, loss: float | None = None, grad_norm: float | None = None, learning_rate: float | None = None) -> None:
+    """After every iteration, on every rank. The scalars are written beside the readings by the last rank, the one that has the loss."""
+    run = _Installed.run
+    if run is None:
+        return
+    if not _Installed.started:
+        _start(run, _Installed.args, iteration)
+    run.after_step(iteration, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+
+
+def _start(run: RunMetrics, args: Any, iteration: int) -> None:
+    """At the first iteration: sinks on the last rank (where Megatron has its writers), and on all ranks what a resumed run had seen."""
+    _Installed.started = True
+    path = getattr(args, "fp8_metrics_log", None)
+    history: list[Any] = [[]]
+    if _is_last_rank():
+        if path and Path(path).is_file():
+            history = [read_kurtosis(path, before=iteration)]
+        run.sinks = _sinks(path)
+    if dist.is_initialized():
+        dist.broadcast_object_list(history, src=dist.get_world_size() - 1)
+    for step, kurtosis in history[0]:
+        run.alarms.remember(step, kurtosis)
+
+
+def _sinks(path: str | None) -> list[Any]:
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    found: list[Any] = [JsonLines(path)] if path else []
+    if tensorboard is not None:
+        found.append(TensorBoard(tensorboard))
+    if wandb is not None:
+        found.append(WandB(wandb))
+    return found
+
+
+def _is_last_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
+def _save_and_exit(alarms: list[Alarm]) -> None:
+    """Megatron looks at --exit-interval after training_log, saves and leaves: the way out that all ranks take together."""
+    if _is_last_rank():
+        print(f"fp8_recipes: {alarms[0].message}; saving a checkpoint and ending the run (--fp8-alarm stop)", flush=True)
+    _Installed.args.exit_interval = alarms[0].step
+
+
+def install_training_log() -> None:
+    """Call `after_step` from ``megatron.training.training.training_log``, which runs after every iteration. Idempotent."""
+    from megatron.training import training
+
+    if not hasattr(training.training_log, _MARK):  # a mark of its own: `report.install_log` wraps the same function
+        training.training_log = with_after_step(training.training_log)
+
+
+def with_after_step(original: Any) -> Any:
+    """``training_log`` with `after_step` in front."""
+
+    @functools.wraps(original)
+    def training_log(*values: Any, **kwargs: Any) -> Any:
+        # loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm
+        if _Installed.run is not None and _Installed.run.hooks.active:  # only then is waiting for the loss wanted
+            after_step(values[3], _number(values[0].get("lm loss")), _number(values[7]), _number(values[2]))
+        else:
+            after_step(values[3])
+        return original(*values, **kwargs)
+
+    setattr(training_log, _MARK, True)
+    return training_log
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
