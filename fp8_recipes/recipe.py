@@ -75,7 +75,7 @@ class Recipe:
     global_scale: str = "unit"
     weight_scale: str = "measured"
     interval: int = 500
-    promote: int = 8192
+    promote: int = 2048
     weight_cache: str = "none"
     quantize: bool = True
     moe: str = "none"
