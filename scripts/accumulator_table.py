@@ -1,9 +1,9 @@
 """What Hopper's FP8 accumulator does to a long sum: a model of it in float64, checked against the measured error, and applied to sums that have a mean.
 
-    python scripts/accumulator_table.py          writes docs/benchmarks/numerics_accumulator.csv (a minute on a CPU); scripts/make_tables.py puts it into docs/numerics.md
+    python scripts/accumulator_table.py      writes docs/benchmarks/numerics_accumulator.csv (a minute on a CPU); make_tables.py puts it into docs/numerics.md
 
-The model: every instruction adds 32 products to the accumulator. All 33 terms are aligned to the largest exponent among them, cut (toward zero) to 13 bits below
-it, added, and the sum is cut again. It gives 2.0e-3 at K = 8192 and 3.1e-3 at 16384 on random normal operands, which is what the chip gives
+The model: every instruction adds 32 products to the accumulator. All 33 terms are aligned to the largest exponent among them, cut (toward zero) to 13 bits
+below it, added, and the sum is cut again. It gives 2.0e-3 at K = 8192 and 3.1e-3 at 16384 on random normal operands, which is what the chip gives
 (docs/benchmarks/gemm_error.csv). A cut toward zero is not noise: where a sum grows steadily, every addition loses in the same direction.
 """
 
