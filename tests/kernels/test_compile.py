@@ -18,7 +18,7 @@ import pytest
 
 POINTERS = {"scale_ptr": "*fp32", "tile_exponent_ptr": "*u8", "payload_ptr": "*u8", "amax_ptr": "*fp32", "partial_ptr": "*u8", "exponent_ptr": "*u8"}
 POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8", "prob_ptr": "*fp32", "prob_gradient_ptr": "*fp32"}
-POINTERS |= {"alpha_ptr": "*fp32", "alpha_gradient_ptr": "*fp32"}
+POINTERS |= {"alpha_ptr": "*fp32", "alpha_gradient_ptr": "*fp32", "h_scale_ptr": "*fp32", "saved_ptr": "*u8", "table_ptr": "*i64"}
 SCALARS = {"increment": "fp32", "eps": "fp32"}
 LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
@@ -37,8 +37,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
                 found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
                 found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
                 for prob in (False, True):
-                    found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "PROB": prob}, {}, 6))
-                    found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
+                    found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "PROB": prob, "H": "", "SAVE": False}, {}, 6))
+                    found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob, "H": ""}, {}, 6))
                     found.append(("xielu", "_xielu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
                     found.append(("xielu", "_xielu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
         for group, source in ((0, "*fp32"), (32, "*u8")):
@@ -55,10 +55,30 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     measured = {"cols_for_plan": 4096, "E5M2": False, "LOCAL": "micro", "FOLD": False, "GLOBAL": True}
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
+    found += experts_cases()
     found += permute_cases()
     found += dispatch_cases()
     found += moments_cases()
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
+    return found
+
+
+def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
+    """Weights through the table of addresses; SwiGLU that saves h in FP8, and from the saved h, at the widths of experts."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    fp8 = {"h_ptr": "*u8"}
+    for e5m2 in (False, True):
+        form = {"E5M2": e5m2}
+        for aligned in (False, True):
+            found.append(("experts", "_quantize_experts_kernel", {"BLOCK": 8192, "ALIGNED": aligned, **form}, {}, 8 * aligned))
+            tile = {"TR": 128, "TC": 64, "ALIGNED": aligned, **form}
+            found.append(("experts", "_quantize_experts_transposed_kernel", tile, {"out_ptr": "*i32"}, 8 * aligned))
+        for cols in (768, 1408, 2048, 7168):
+            row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, **form}
+            found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": True, "per_thread": 24}, {}, 4))
+            found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 2))
+            found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 4))
+    found.append(("experts", "_measure_experts_kernel", {"BLOCK": 4096, "ALIGNED": True}, {"partial_ptr": "*fp32"}, 4))
     return found
 
 
@@ -67,7 +87,12 @@ def moments_cases() -> list[tuple[str, str, dict, dict, int]]:
     found: list[tuple[str, str, dict, dict, int]] = []
     doubles = dict.fromkeys(("partial_ptr", "row_sum_ptr", "out_ptr"), "*fp64")
     for e5m2 in (False, True):
-        for x, payload, scale, fold, loads in ((True, False, False, False, 4), (True, False, True, False, 4), (True, True, True, True, 4), (False, True, True, True, 1)):
+        for x, payload, scale, fold, loads in (
+            (True, False, False, False, 4),
+            (True, False, True, False, 4),
+            (True, True, True, True, 4),
+            (False, True, True, True, 1),
+        ):
             kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "ROW_SUMS": False, "E5M2": e5m2, "BLOCK": 4096}
             found.append(("moments", "_moments_kernel", kind, doubles, loads))
     found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True, "BLOCK": 1024}, doubles, 1))
@@ -123,7 +148,7 @@ def compile_all() -> list[dict]:
         constants = dict(constants)
         warps = constants.pop("num_warps", 4)
         if "cols_for_plan" in constants:
-            plan = rows.plan_row(constants.pop("cols_for_plan"))
+            plan = rows.plan_row(constants.pop("cols_for_plan"), constants.pop("per_thread", 0))
             constants |= {"BLOCK": plan.block, "TAIL": plan.tail}
             warps = plan.warps
         signature, attributes = {}, {}
