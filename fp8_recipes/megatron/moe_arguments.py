@@ -40,7 +40,7 @@ def _routing(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 def _experts(args: argparse.Namespace) -> list[tuple[Any, str]]:
     other = [flag for flag in ("squared_relu", "quick_geglu", "openai_gelu") if getattr(args, flag, False)]
-    shifted = getattr(args, "activation_func_clamp_value", None) is not None or getattr(args, "glu_linear_offset", 0.0)
+    shifted = args.activation_func_clamp_value is not None or args.glu_linear_offset
     single = args.moe_single_grouped_weight or args.moe_single_grouped_bias
     shared_overlap = "a second stream of Megatron's own dispatcher, which is not used here, computes them; drop the flag (shared experts then run before it)"
     return [

@@ -52,7 +52,7 @@ def tokens(sequence=32, batch=4, seed=1):
     return [torch.randn(sequence, batch, layers.HIDDEN, generator=generator).bfloat16() for _ in range(2)]
 
 
-# --- values beside stock ------------------------------------------------------------------------------------------------------------------------------------
+# --- values beside stock ----------------------------------------------------------------------------------------------------------------------------------
 
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
 ROUTING = {
@@ -128,7 +128,7 @@ def test_padding_mask_reaches_the_router():
     assert torch.equal(seen[0], mask.t())
 
 
-# --- from the router's map to rows ----------------------------------------------------------------------------------------------------------------------------
+# --- from the router's map to rows ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_chosen_experts_are_the_map_in_rising_order():
@@ -150,7 +150,7 @@ def test_a_chosen_expert_with_probability_zero_stays_chosen():
     assert index.tolist() == [[2, 3]] and prob.tolist() == [[1.0, 0.0]]
 
 
-# --- parameters, main_grad, scales ------------------------------------------------------------------------------------------------------------------------------
+# --- parameters, main_grad, scales ------------------------------------------------------------------------------------------------------------------------
 
 
 def prepare_for_ddp(layer):
@@ -230,7 +230,7 @@ def test_dense_recipes_do_not_track_experts():
     assert not any(hasattr(w, ATTRIBUTE) for w in layer.parameters())
 
 
-# --- recompute ----------------------------------------------------------------------------------------------------------------------------------------------
+# --- recompute --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(layer, x):
@@ -276,14 +276,14 @@ def test_moe_recompute_covers_the_shared_experts():
     assert layer.shared_experts_recompute
 
 
-# --- which layers -------------------------------------------------------------------------------------------------------------------------------------------
+# --- which layers -----------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "stock"), [(1, True), (2, False), (3, False), (4, True)])
 def test_first_and_last_layers_stay_megatrons(calls, monkeypatch, number, stock):
     layer = layers.build(layers.config_of(first_last_layers_bf16=True), layer_number=number)
     assert (moe.stock_reason(layer) == "bf16 (first / last)") == stock
-    assert ("Megatron's own modules, bf16 (first / last)" == moe.describe(layer)) == stock
+    assert (moe.describe(layer) == "Megatron's own modules, bf16 (first / last)") == stock
     if stock:
         layer.experts = layers.StockExperts(layer.experts)
         layer.token_dispatcher = layers.stock_bf16(layers.build(layers.config_of())).token_dispatcher
@@ -333,7 +333,7 @@ def test_graph_parts_are_refused():
         layer(tokens()[0], intermediate_tensors=(1, 2))
 
 
-# --- expert parallelism -------------------------------------------------------------------------------------------------------------------------------------
+# --- expert parallelism -----------------------------------------------------------------------------------------------------------------------------------
 
 TWO_RANKS = """
 import sys
