@@ -6,6 +6,8 @@
     for role, counts in monitor.read().items():
         print(role, counts.flush_share, counts.saturations)
 
+For a whole run, per layer, over ranks, with kurtosis and alarms: `fp8_recipes.metrics`. Both count with `ops.moments`.
+
 Definitions, for an element x of a group with scale s, quantised to the payload p:
 
 * flush: x is finite and not zero, p is zero. Its information is lost (|x| <= half of the smallest subnormal times s).
@@ -23,12 +25,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import E8M0_BIAS, exponent_of, pow2
-from .reference.quantize import expand_scale
+from . import ops
+from .metrics.table import MomentTable, Reading
+from .reference.moments import FIELDS
 from .tensor import ScaledTensor
 
-_FIELDS = ("elements", "nonzero", "flushes", "saturations", "nonfinite")
-_NO_LOW, _NO_HIGH = 1 << 20, -(1 << 20)  # neutral elements of minimum and maximum over exponents
+_FIELDS = ("elements", "nonzero", "flushed", "saturated", "nonfinite")
 
 
 @dataclass(frozen=True)
@@ -54,82 +56,40 @@ class Counts:
         return self.saturations / self.nonzero if self.nonzero else 0.0
 
 
-def _exponents(q: ScaledTensor) -> torch.Tensor:
-    """Exponent of every scale (int32), the global scale's included, in the scale's own shape."""
-    if q.granularity != "micro":
-        return exponent_of(q.scale)
-    local = q.scale.to(torch.int32) - E8M0_BIAS
-    return local if q.global_scale is None else local + exponent_of(q.global_scale.float())
-
-
-def _scale_of_elements(q: ScaledTensor) -> torch.Tensor:
-    """The factor that decodes each payload element, fp32, broadcastable to [rows, cols]."""
-    scale = pow2(q.scale.to(torch.int32) - E8M0_BIAS) if q.granularity == "micro" else q.scale
-    scale = expand_scale(scale, q.shape, q.granularity)
-    return scale if q.global_scale is None else scale * q.global_scale
-
-
 @torch.no_grad()
 def count(x: torch.Tensor, q: ScaledTensor) -> torch.Tensor:
     """The seven numbers of `Counts` for ``x`` [rows, cols] and its quantised form, as one int64 tensor [7] on x's device. No host synchronisation."""
-    if x.shape != q.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} and its quantised form {tuple(q.shape)}; pass the 2-D tensor that was quantised")
-    xf, payload = x.float(), q.payload.float()
-    finite = torch.isfinite(xf)
-    nonzero = finite & (xf != 0)
-    flushed = nonzero & (payload == 0)
-    saturated = finite & (xf.abs() > q.format.max * _scale_of_elements(q))
-    exponents = expand_scale(_exponents(q), q.shape, q.granularity).expand(q.shape)
-    alive = payload != 0
-    low = torch.where(alive, exponents, _NO_LOW).amin()
-    high = torch.where(alive, exponents, _NO_HIGH).amax()
-    totals = [m.sum() for m in (nonzero, flushed, saturated, ~finite)]
-    return torch.stack([torch.full_like(totals[0], x.numel()), *totals, low.long(), high.long()])
+    m = ops.moments(x, q, fold=False).long()
+    return torch.stack((*(m[FIELDS.index(name)] for name in _FIELDS), -m[FIELDS.index("minus_scale_exponent_min")], m[FIELDS.index("scale_exponent_max")]))
 
 
 class Monitor:
-    """Adds up `count` per name. All state is on the device until `read`."""
+    """Adds up counts per name, on this process. All state is on the device until `read`."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, torch.Tensor] = {}
+        self._table = MomentTable()
 
     def add(self, name: str, x: torch.Tensor, q: ScaledTensor) -> None:
         """Count ``x`` and its quantised form under ``name``. An `Observer` of `fp8_recipes.nn.Linear`."""
-        if x.numel() == 0:
-            return
-        new = count(x.detach().reshape(q.shape), q)
-        old = self._totals.get(name)
-        if old is not None:
-            sums, low, high = old[:5] + new[:5], torch.minimum(old[5], new[5]), torch.maximum(old[6], new[6])
-            new = torch.cat((sums, torch.stack((low, high))))
-        self._totals[name] = new
+        self._table.add(name, x, q, fold=False)
 
     def read(self) -> dict[str, Counts]:
-        """Totals so far by name, in one transfer to the host (one per device that was counted on)."""
-        if not self._totals:
-            return {}
-        rows = torch.stack([t if len(_devices(self._totals)) == 1 else t.cpu() for t in self._totals.values()]).tolist()
-        return {name: _to_counts(row) for name, row in zip(self._totals, rows, strict=True)}
+        """Totals so far by name, in one transfer to the host."""
+        return {name: _to_counts(reading) for name, reading in self._table.reduce(local=True).items() if reading.elements}
 
     def reset(self) -> None:
-        self._totals.clear()
+        self._table.reset()
 
 
-def _devices(totals: Mapping[str, torch.Tensor]) -> set[torch.device]:
-    return {t.device for t in totals.values()}
-
-
-def _to_counts(row: list[int]) -> Counts:
-    low, high = row[5], row[6]
-    sums = dict(zip(_FIELDS, row[:5], strict=True))
-    return Counts(**sums, scale_exponent_min=None if low == _NO_LOW else low, scale_exponent_max=None if high == _NO_HIGH else high)
+def _to_counts(r: Reading) -> Counts:
+    return Counts(r.elements, r.nonzero, r.flushed, r.saturated, r.nonfinite, r.scale_exponent_min, r.scale_exponent_max)
 
 
 def total(counts: Mapping[str, Counts]) -> Counts:
     """Sum over names; the scale range is the union."""
     lows = [c.scale_exponent_min for c in counts.values() if c.scale_exponent_min is not None]
     highs = [c.scale_exponent_max for c in counts.values() if c.scale_exponent_max is not None]
-    sums = {name: sum(getattr(c, name) for c in counts.values()) for name in _FIELDS}
+    sums = {name: sum(getattr(c, name) for c in counts.values()) for name in ("elements", "nonzero", "flushes", "saturations", "nonfinite")}
     return Counts(**sums, scale_exponent_min=min(lows, default=None), scale_exponent_max=max(highs, default=None))
 
 

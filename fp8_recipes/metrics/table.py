@@ -159,10 +159,14 @@ class MomentTable:
         self._parts.clear()
 
     @torch.no_grad()
-    def reduce(self) -> dict[str, Reading]:
-        """Readings by name over all ranks, in one transfer to the host. Every rank must call it; all get the same. Does not reset."""
-        self._join_parts()
-        world = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    def reduce(self, *, local: bool = False) -> dict[str, Reading]:
+        """Readings by name over all ranks, in one transfer to the host. Every rank must call it; all get the same. Does not reset.
+
+        local: this rank's own only, no communication (tensors added with ``shard`` then have no token kurtosis).
+        """
+        if not local:
+            self._join_parts()
+        world = not local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         names = self._agree() if world else dict(self._copies)
         if not names:
             return {}
