@@ -68,7 +68,9 @@ def _place_tokens_kernel(
     if block == 0:
         tl.store(header_ptr + rank, demand, mask=rank < ranks)
         tl.store(header_ptr + ranks, tl.load(demand_ptr + ranks))
-        tl.store(header_ptr + ranks + 1, tag)
+        tl.store(header_ptr + ranks + 1, num_experts)
+        tl.store(header_ptr + ranks + 2, K)
+        tl.store(header_ptr + ranks + 3, tag)
     hit, _ = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
     begin = tl.load(begin_ptr + block.to(tl.int64) * (ranks + 1) + rank, mask=rank < ranks, other=0)
     row = (start + begin)[None, :] + tl.cumsum(hit, axis=0) - hit

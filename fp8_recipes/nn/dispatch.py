@@ -24,6 +24,8 @@ from .. import ops
 from ..reference.dispatch import HEADER, SendMap, check_send, row_layout
 from ..tensor import TILE, ScaledTensor
 
+REFUSED = -1
+"""Tag of a rank whose arguments are wrong."""
 CARRIER_COLUMNS = 256
 """Columns of the rows that accompany one number per copy through DeepEP."""
 Dispatched = tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]
@@ -83,7 +85,7 @@ class Plan:
     expert_index: torch.Tensor
     send: SendMap
     headers: torch.Tensor
-    """[ranks, ranks + 2] int32 on the host: every rank's `SendMap.header`; complete once ``arrived`` is."""
+    """[ranks, ranks + 4] int32 on the host: every rank's `SendMap.header`; complete once ``arrived`` is."""
     arrived: torch.cuda.Event | None
     rank: int
     _splits: tuple[list[int], list[int]] | None = field(default=None, repr=False)
@@ -94,7 +96,7 @@ class Plan:
         if self._splits is None:
             if self.arrived is not None:
                 self.arrived.synchronize()
-            check_headers(self.headers, self.send.num_experts)
+            check_headers(self.headers, self.rank)
             counts = self.headers[:, : self.send.ranks]
             self._splits = counts[self.rank].tolist(), counts[:, self.rank].tolist()
         return self._splits
@@ -110,20 +112,26 @@ class Plan:
         return sum(self.splits[1])
 
 
-def check_headers(headers: torch.Tensor, num_experts: int) -> None:
-    """Raise if the ranks' headers [ranks, ranks + 2] do not fit together: the same message on every rank, because every rank sees all headers."""
-    bad, tag = headers[:, -HEADER:].unbind(1)
-    if bool((tag != tag[0]).any()):
-        raise ValueError(f"the ranks are not at the same plan, they have made {tag.tolist()}; call plan equally often and in the same order on every rank")
+def check_headers(headers: torch.Tensor, rank: int) -> None:
+    """Raise if the ranks' headers [ranks, ranks + 4] do not fit together: the same message on every rank, because every rank sees all headers."""
+    bad, num_experts, copies, tag = headers[:, -HEADER:].unbind(1)
+    refused = [r for r, t in enumerate(tag.tolist()) if t == REFUSED]
+    if refused:
+        raise ValueError(f"rank {rank} stops because expert_index or num_experts of rank {refused} cannot be planned; the error there says why")
+    for name, values in (("num_experts", num_experts), ("K", copies), ("number of plans so far", tag)):
+        if bool((values != values[0]).any()):
+            shown = ", ".join(f"{v} on rank {r}" for r, v in enumerate(values.tolist()))
+            raise ValueError(f"the ranks do not fit together: {name} is {shown}; give every rank the same model and the same order of calls")
     if bool(bad.any()):
         where = ", ".join(f"{n} on rank {r}" for r, n in enumerate(bad.tolist()) if n)
-        raise ValueError(f"expert_index has ids outside -1 .. {num_experts - 1}: {where}; ids count the experts of the whole model, -1 drops a copy")
+        raise ValueError(f"expert_index has ids outside -1 .. {int(num_experts[0]) - 1}: {where}; ids count the experts of the whole model, -1 drops a copy")
 
 
 class AllToAll:
     """One all_to_all_single of packed rows, over a process group (None: the default one); its ranks hold num_experts / size experts each, in order.
 
-    What must be the same on all ranks (experts, K, columns, format) is compared the first time it is used, and costs nothing afterwards.
+    Every plan compares experts, K and the number of plans, so that wrong routing on one rank is an error on all. Columns and format are compared when a
+    dispatcher first meets them; should one rank alone change them later, the collective fails as it does when a rank dies.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -137,12 +145,13 @@ class AllToAll:
 
         Launch what does not depend on them (the cast) between this and `dispatch`.
         """
-        copies = expert_index.shape[-1] if expert_index.dim() else 0
-        self._agree(expert_index.device, what="routing", num_experts=num_experts, K=copies)
         self._plans += 1
-        send = ops.send_map(expert_index, num_experts, self.size, tag=self._plans)
-        headers = send.header.new_empty(self.size, send.header.numel())
-        self._collective(dist.all_gather_into_tensor, headers.view(-1), send.header)
+        try:
+            send = ops.send_map(expert_index, num_experts, self.size, tag=self._plans)
+        except (TypeError, ValueError):
+            self._tell(torch.full((self.size + HEADER,), REFUSED, dtype=torch.int32, device=expert_index.device))  # the others wait for this rank's header
+            raise
+        headers = self._tell(send.header)
         if not headers.is_cuda:
             plan = Plan(expert_index, send, headers, None, self.rank)
             _ = plan.splits  # nothing to wait for: wrong routing raises here
@@ -157,7 +166,7 @@ class AllToAll:
     def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: Plan) -> Dispatched:
         copies = 0 if prob is None else plan.send.copies_per_token
         layout = row_layout(q, copies)
-        self._agree(q.device, what="rows", columns=layout.cols, tile_exponents=layout.tiles, K=copies, format=str(q.payload.dtype))
+        self._agree(what="rows", columns=layout.cols, tile_exponents=layout.tiles, K=copies, format=str(q.payload.dtype))
         sent, received = plan.splits
         packed = ops.pack_rows(q, plan.send, sum(sent), None if prob is None else plan.expert_index, prob)
         return ops.unpack_rows(self._exchange(packed, sent, received), layout, q.payload.dtype)
@@ -166,7 +175,7 @@ class AllToAll:
     def combine(self, y: torch.Tensor, plan: Plan) -> torch.Tensor:
         sent, received = plan.splits
         check_rows(y, sum(received), "y")
-        self._agree(y.device, what="results", columns=y.shape[1], dtype=str(y.dtype))
+        self._agree(what="results", columns=y.shape[1], dtype=str(y.dtype))
         back = self._exchange(y.view(torch.uint8), received, sent)
         return ops.combine_sent(back.view(y.dtype), plan.send)
 
@@ -176,6 +185,12 @@ class AllToAll:
         check_rows(dprob, sum(received), "dprob")
         back = self._exchange(dprob.view(torch.uint8), received, sent)
         return ops.copies_of_sent(back.view(dprob.dtype), plan.send)
+
+    def _tell(self, header: torch.Tensor) -> torch.Tensor:
+        """Every rank's header, [ranks, ranks + 4]."""
+        headers = header.new_empty(self.size, header.numel())
+        self._collective(dist.all_gather_into_tensor, headers.view(-1), header)
+        return headers
 
     def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """Rows of bytes, ranks one after the other -> the rows for this rank, in the order of the ranks they come from."""
@@ -190,8 +205,8 @@ class AllToAll:
             text = f"{call.__name__} over {self.size} ranks failed on rank {self.rank}: a rank died, left the group or did not call it within the timeout"
             raise RuntimeError(f"{text} ({error})") from error
 
-    def _agree(self, device: torch.device, **terms: object) -> None:
-        """Raise on every rank, with what each has, unless all have the same terms. Compared once; the ranks talk about the first use of new terms only."""
+    def _agree(self, **terms: object) -> None:
+        """Raise on every rank, with what each has, unless all have the same terms. Terms that were agreed on once are not exchanged again."""
         key = tuple(terms.items())
         if key in self._agreed:
             return
@@ -205,7 +220,7 @@ class AllToAll:
 def raise_disagreement(everyone: list[dict[str, object]]) -> NoReturn:
     """everyone: the terms of each rank, which are not all the same."""
     shown = "; ".join(f"rank {r}: " + ", ".join(f"{k} {v}" for k, v in terms.items()) for r, terms in enumerate(everyone))
-    raise ValueError(f"the ranks of the group do not fit together ({shown}); give every rank the same model, recipe and order of calls")
+    raise ValueError(f"the ranks do not fit together ({shown}); give every rank the same model, recipe and order of calls")
 
 
 @dataclass
@@ -300,5 +315,5 @@ def scale_words(q: ScaledTensor) -> torch.Tensor:
 def from_scale_words(payload: torch.Tensor, words: torch.Tensor, tile_exponents: bool) -> ScaledTensor:
     """The inverse of `scale_words`."""
     bits = words.contiguous().view(torch.int32)
-    scale = (bits[:, 0] & 0x7F800000).view(torch.float32)
+    scale = (bits[:, :1] & 0x7F800000).view(torch.float32).reshape(-1)
     return ScaledTensor(payload, scale, "row", tile_exponent=(bits & 0xFF).byte() if tile_exponents else None)

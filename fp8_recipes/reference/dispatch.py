@@ -14,8 +14,8 @@ import torch
 from ..tensor import ScaledTensor
 from .permute import VECTOR, check_columns, sum_rows
 
-HEADER = 2
-"""What follows the counts in `SendMap.header`: how many ids do not exist, and the caller's tag."""
+HEADER = 4
+"""What follows the counts in `SendMap.header`: how many ids do not exist, num_experts, K, and the caller's tag."""
 MAX_LOCAL_EXPERTS = 2**15 - 1
 """An expert's id travels in 16 bits."""
 
@@ -26,7 +26,7 @@ class SendMap:
 
     destination: [T, C], C = min(K, ranks): the rows of a token, one per rank it goes to, in the order of the ranks; -1 behind the last.
     row_of_copy: [T, K], the row that carries this copy, -1 = dropped. Copies for one rank share a row.
-    header: [ranks + 2]: rows for each rank, number of ids outside -1 .. num_experts - 1, tag. What the ranks tell each other.
+    header: [ranks + 4]: rows for each rank, number of ids outside -1 .. num_experts - 1, num_experts, K, tag. What the ranks tell each other.
     num_experts, ranks: of the whole group; every rank holds num_experts / ranks of them, in order.
     """
 
@@ -125,7 +125,7 @@ def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int 
     destination = torch.where(hit > 0, row, behind).sort(dim=1).values[:, : min(expert.shape[1], ranks)]
     destination = torch.where(destination < behind, destination, -1)
     bad = (~valid & (expert != -1)).sum()
-    header = torch.cat((counts, bad[None], counts.new_tensor((tag,))))
+    header = torch.cat((counts, bad[None], counts.new_tensor((num_experts, expert.shape[1], tag))))
     return SendMap(destination.int().contiguous(), row_of_copy.int(), header.int(), num_experts, ranks)
 
 
@@ -182,11 +182,11 @@ def unpack_rows(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> 
     check_unpack(buffer, layout)
 
     def part(begin: int, end: int, kind: torch.dtype) -> torch.Tensor:
-        return buffer[:, begin:end].contiguous().view(kind)
+        return buffer[:, begin:end].clone(memory_format=torch.contiguous_format).view(kind)
 
     payload = part(0, layout.cols, torch.uint8).view(dtype)
     tiles = part(layout.tile_at, layout.used, torch.uint8) if layout.tiles else None
-    q = ScaledTensor(payload, part(layout.cols, layout.prob_at, torch.float32)[:, 0], "row", tile_exponent=tiles)
+    q = ScaledTensor(payload, part(layout.cols, layout.prob_at, torch.float32).view(-1), "row", tile_exponent=tiles)
     if not layout.copies:
         return q, None, None
     return q, part(layout.id_at, layout.tile_at, torch.int16).int(), part(layout.prob_at, layout.id_at, torch.float32)
