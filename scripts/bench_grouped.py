@@ -150,10 +150,21 @@ def check_wgrad(experts: int, rows: int, k: int, n: int, fmt: Format) -> Rows:
         before = torch.randn(experts, n, k, device="cuda").to(dtype) if accumulate else torch.full((experts, n, k), torch.nan, device="cuda", dtype=dtype)
         want = reference.grouped_wgrad(a_t, b_t, groups.offsets, out=before.float().clone(), accumulate=accumulate)
         runs = [grouped_wgrad(a_t, b_t, groups.offsets, out=before.clone(), accumulate=accumulate, promote=promote) for _ in range(2)]
+        for gaps in (0, 64):  # one matrix per expert: in reverse without gaps, as Megatron lays out gradients, and scattered
+            out = matrices(experts, n, k, dtype, gaps)
+            for matrix, start in zip(out, before, strict=True):
+                matrix.copy_(start)
+            runs.append(torch.stack(list(grouped_wgrad(a_t, b_t, groups.offsets, out=out, accumulate=accumulate, promote=promote))))
         kept = torch.equal(runs[0][empty], before[empty] if accumulate else torch.zeros_like(before[empty]))
         name = f"wgrad E{experts} {rows}x{n}x{k} {fmt} {dtype} accumulate {accumulate} promote {promote}"
-        results.append(verdict(name, snr(runs[0], want), floor, torch.equal(*runs), kept))
+        results.append(verdict(name, snr(runs[0], want), floor, all(torch.equal(runs[0], r) for r in runs[1:]), kept))
     return results
+
+
+def matrices(experts: int, n: int, k: int, dtype: torch.dtype, gaps: int) -> list[torch.Tensor]:
+    """One [N, K] matrix per expert, the last first in memory, ``gaps`` elements between them."""
+    memory = torch.zeros(experts, n * k + gaps, device="cuda", dtype=dtype)
+    return [row[: n * k].view(n, k) for row in reversed(memory.unbind())]
 
 
 def check_transpose(experts: int, rows: int, k: int, n: int, fmt: Format) -> Rows:
@@ -233,10 +244,11 @@ def forward_contenders(experts: int, rows: int, k: int, n: int, configs: dict[st
 
 
 def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str, GroupedConfig] | None) -> dict[str, Run]:
-    """torch returns a new bf16 gradient; ours does that ("into bf16"), and adds to an fp32 main_grad."""
+    """torch returns a new bf16 gradient; ours does that, and adds to an fp32 main_grad: one tensor, or a matrix per expert."""
     groups = [layout(experts, rows, seed=s) for s in range(SETS)]
     sets = [(transposed(experts, n, rows), transposed(experts, k, rows), g) for g in groups]
     grad = torch.zeros(experts, n, k, device="cuda")
+    reverse, scattered = (matrices(experts, n, k, torch.float32, gaps) for gaps in (0, 64)) if configs is None else ([], [])
     fresh = torch.empty(experts, n, k, device="cuda", dtype=torch.bfloat16)
 
     def ours(i: int, promote: int = 0, config: GroupedConfig | None = None, accumulate: bool = True) -> torch.Tensor:
@@ -266,6 +278,8 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         "ours 1024": lambda i: ours(i, 1024, accumulate=False),
         "ours fast, +fp32": ours,
         "ours 1024, +fp32": lambda i: ours(i, 1024),
+        "ours fast, +fp32 in reverse": lambda i: grouped_wgrad(*sets[i % SETS][:2], sets[i % SETS][2].offsets, out=reverse, accumulate=True),
+        "ours fast, +fp32 scattered": lambda i: grouped_wgrad(*sets[i % SETS][:2], sets[i % SETS][2].offsets, out=scattered, accumulate=True),
     }
 
 
