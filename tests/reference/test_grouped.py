@@ -64,6 +64,9 @@ def test_wgrad_against_float64(accumulate: bool) -> None:
         want[e] += dy_e @ x_e.t()
     assert snr_db(want, out) > 120
     assert torch.equal(out[1], before[1] if accumulate else torch.zeros(32, 48))
+    separate = [t.clone() for t in before]
+    assert grouped_wgrad(dy_t, x_t, OFFSETS, out=separate, accumulate=accumulate) is separate
+    assert_bitwise(torch.stack(separate), out)
 
 
 def test_wgrad_follows_the_unquantised_gradient() -> None:
@@ -119,6 +122,10 @@ def test_scaling_aware_transpose_rounds_into_the_subnormals() -> None:
     assert (got[:, 0] == 0).all() and (got[:, 1] == 2 * 2.0**-9).all()  # 1.75 units of 2**-9, to nearest
 
 
+def wgrad_into(out: list[torch.Tensor]) -> None:
+    grouped_wgrad(*(grouped_fold_transpose(buffer(cols), OFFSETS, BLOCK_EXPERT) for cols in (32, 48)), OFFSETS, out=out)
+
+
 BAD_PAYLOAD = torch.zeros(4, 16, 32).to(E4M3.dtype)
 
 
@@ -138,6 +145,10 @@ BAD_PAYLOAD = torch.zeros(4, 16, 32).to(E4M3.dtype)
             lambda: grouped_wgrad(*(GroupedTensor(BAD_PAYLOAD[0, :, :0], torch.ones(4, 16)),) * 2, OFFSETS, out=torch.zeros(4, 16, 16)),
             "multiple of 128 rows, got 0",
         ),
+        (lambda: wgrad_into([torch.zeros(32, 48)] * 3), "out has 3 matrices for 4 experts"),
+        (lambda: wgrad_into([torch.zeros(32, 48) for _ in range(3)] + [torch.zeros(48, 32)]), r"out\[3\] must be contiguous of shape \(32, 48\)"),
+        (lambda: wgrad_into([torch.zeros(32, 48)] * 4), "two experts' gradients are the same memory"),
+        (lambda: wgrad_into([torch.zeros(32, 48, dtype=t) for t in (torch.float32,) * 3 + (torch.bfloat16,)]), r"out\[3\] is torch.bfloat16"),
     ],
 )
 def test_bad_input_names_the_value(call, message: str) -> None:
