@@ -28,7 +28,8 @@ def on_cpu():
     from megatron.core.transformer.moe import moe_utils
 
     device = unittest.mock.patch("torch.cuda.current_device", return_value="cpu")
-    with device, unittest.mock.patch.object(moe_utils, "te_general_gemm", None), torch.compiler.set_stance("force_eager"):
+    synchronize = unittest.mock.patch("torch.cuda.synchronize")  # checkpoints wait for the GPU
+    with device, synchronize, unittest.mock.patch.object(moe_utils, "te_general_gemm", None), torch.compiler.set_stance("force_eager"):
         yield
 
 

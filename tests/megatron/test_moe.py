@@ -230,6 +230,24 @@ def test_dense_recipes_do_not_track_experts():
     assert not any(hasattr(w, ATTRIBUTE) for w in layer.parameters())
 
 
+@pytest.mark.parametrize("recipes", [("fp8_flow_moe", None), (None, "fp8_flow_moe")], ids=["flow to bf16", "bf16 to flow"])
+def test_checkpoint_of_one_recipe_loads_under_the_other(tmp_path, recipes):
+    """torch_dist, as Megatron saves: same keys, same values, whichever way the layer runs."""
+    pytest.importorskip("psutil", reason="psutil is not installed; Megatron's torch_dist writer needs it (pip install psutil)")
+    from megatron.core import dist_checkpointing
+
+    source, target = (layers.build(layers.config_of(fp8=r and "e4m3", fp8_recipe=r or "delayed"), seed=seed) for seed, r in enumerate(recipes))
+    if recipes[0]:
+        layers.gradients(source, *tokens())  # what a run leaves on the modules must not reach the checkpoint
+    with layers.on_cpu():
+        dist_checkpointing.save(source.sharded_state_dict(prefix="mlp."), str(tmp_path))
+        loaded = dist_checkpointing.load(target.sharded_state_dict(prefix="mlp."), str(tmp_path))
+    target.load_state_dict({key.removeprefix("mlp."): value for key, value in loaded.items()})
+    for (name, expected), (other, got) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+        assert name == other
+        assert_bitwise(got, expected, name)
+
+
 # --- recompute --------------------------------------------------------------------------------------------------------------------------------------------
 
 
