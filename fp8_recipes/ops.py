@@ -108,10 +108,6 @@ def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = N
     return _backend(expert_index).route_map(expert_index, num_experts, rows)
 
 
-def chunk_map(counts: torch.Tensor, tokens: int, rows: int | None = None) -> RowMap:
-    return _backend(counts).chunk_map(counts, tokens, rows)
-
-
 def gather_rows(x: Any, row_map: RowMap, prob: torch.Tensor | None = None) -> tuple[Any, torch.Tensor | None]:
     return _backend(x).gather_rows(x, row_map, prob)
 
@@ -145,7 +141,6 @@ __all__ = [
     "RowLayout",
     "RowMap",
     "SendMap",
-    "chunk_map",
     "combine_rows",
     "combine_sent",
     "copies_of_rows",

@@ -11,14 +11,13 @@ from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
 from .moments import moments
-from .permute import chunk_map, combine_rows, gather_rows, route_map
+from .permute import combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
 from .xielu import xielu_backward_quantize, xielu_quantize
 
 __all__ = [
-    "chunk_map",
     "combine_rows",
     "combine_sent",
     "copies_of_sent",

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.permute import RowMap, check_combine, check_gather, check_routing, chunk_index
+from ..reference.permute import RowMap, check_combine, check_gather, check_routing
 from ..tensor import TILE, ScaledTensor
 from . import common
 from .common import INTERPRETED, cdiv, check_device, next_power_of_2, to_fp32
@@ -249,12 +249,6 @@ def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = N
     return RowMap(*outputs)
 
 
-def chunk_map(counts: torch.Tensor, tokens: int, rows: int | None = None) -> RowMap:
-    """Kernel twin of `fp8_recipes.reference.chunk_map`. Counts are not looked at: with more than ``tokens`` rows in all, those beyond are ignored."""
-    check_device(counts, "counts")
-    return route_map(chunk_index(counts, tokens), counts.shape[1], rows)
-
-
 def _vectors(scale: torch.Tensor) -> tuple[int, int]:
     """(scales per row, lanes that cover them)."""
     per_row = 1 if scale.dim() == 1 else scale.shape[1]
@@ -348,4 +342,4 @@ def sum_rows(y: torch.Tensor, destination: torch.Tensor, weight: torch.Tensor | 
     return out
 
 
-__all__ = ["chunk_map", "combine_rows", "gather_rows", "route_map"]
+__all__ = ["combine_rows", "gather_rows", "route_map"]

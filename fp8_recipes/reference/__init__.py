@@ -7,7 +7,7 @@ from .fold import fold, fold_transpose
 from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .moments import moments
-from .permute import RowMap, chunk_map, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
+from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
 from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
 
@@ -17,7 +17,6 @@ __all__ = [
     "RowMap",
     "SendMap",
     "XieluGradients",
-    "chunk_map",
     "combine_rows",
     "combine_sent",
     "copies_of_rows",

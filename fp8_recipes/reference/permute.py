@@ -109,32 +109,6 @@ def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = N
     return RowMap(source.int(), destination.view_as(expert_index).int(), offsets.int(), block_expert.int(), counts.int())
 
 
-def chunk_index(counts: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Expert of each of ``tokens`` rows that arrive as chunks (rank 0, expert 0), (rank 0, expert 1), ..., [tokens, 1] int32; -1 beyond the last chunk."""
-    if counts.dim() != 2 or counts.numel() == 0:
-        raise ValueError(f"counts must be [ranks, experts], got shape {tuple(counts.shape)}")
-    if counts.dtype != torch.int32:
-        raise TypeError(f"counts must be int32, got {counts.dtype}; use counts.int()")
-    if tokens < 0:
-        raise ValueError(f"tokens must be the number of rows that arrive, at least 0, got {tokens}")
-    ends = counts.reshape(-1).cumsum(0)
-    chunk = torch.searchsorted(ends, torch.arange(tokens, device=counts.device), right=True)
-    return torch.where(chunk < ends.numel(), chunk % counts.shape[1], -1).int()[:, None]
-
-
-def chunk_map(counts: torch.Tensor, tokens: int, rows: int | None = None) -> RowMap:
-    """The `RowMap`, with K = 1, of what an all-to-all delivers: chunks of rows, ordered by source rank and within a rank by local expert.
-
-    counts: [S, E] int32, rows from rank s for local expert e, each >= 0. tokens: rows of the delivered buffer, a host number (the collective's output
-    splits added up, or an upper bound: rows beyond counts.sum() go nowhere). rows: as in `route_map`. An expert's rows are ordered by rank, then as sent.
-    """
-    if bool((counts < 0).any()):
-        raise ValueError(f"counts has {int(counts.min())}; every count must be at least 0")
-    if int(counts.sum()) > tokens:
-        raise ValueError(f"counts adds up to {int(counts.sum())} rows, but the delivered buffer has {tokens}; the splits of the ranks do not match")
-    return route_map(chunk_index(counts, tokens), counts.shape[1], rows)
-
-
 def check_gather(x: torch.Tensor | ScaledTensor, row_map: RowMap, prob: torch.Tensor | None) -> torch.Tensor:
     """Raise unless `gather_rows` takes these; the payload (or the plain tensor itself)."""
     payload = x

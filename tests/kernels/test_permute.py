@@ -12,7 +12,7 @@ from data import nasty
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import chunk_map, combine_rows, gather_rows, route_map
+from fp8_recipes.kernels import combine_rows, gather_rows, route_map
 from fp8_recipes.reference import RowMap
 from fp8_recipes.tensor import ScaledTensor
 
@@ -73,13 +73,6 @@ def test_ids_that_do_not_exist_are_dropped(device):
     spoiled[3, 1], spoiled[7, 0] = 4, -5
     index[3, 1] = index[7, 0] = -1
     assert_same_map(route_map(spoiled, 4), reference.route_map(index, 4))
-
-
-def test_chunk_map(device):
-    counts = torch.tensor([[2, 0, 1], [0, 130, 1], [4, 4, 0]], dtype=torch.int32, device=device)
-    assert_same_map(chunk_map(counts, 145), reference.chunk_map(counts, 145))
-    nothing = torch.zeros_like(counts)
-    assert_same_map(chunk_map(nothing, 0), reference.chunk_map(nothing, 0))
 
 
 def inputs(device: torch.device, cols: int, k: int, tokens: int = 23, experts: int = 4) -> tuple[torch.Tensor, torch.Tensor, RowMap]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8_recipes.formats import E5M2
-from fp8_recipes.reference import RowMap, chunk_map, combine_rows, copies_of_rows, dequantize, gather_rows, quantize, route_map, rows_for
+from fp8_recipes.reference import RowMap, combine_rows, copies_of_rows, dequantize, gather_rows, quantize, route_map, rows_for
 
 
 def routing(tokens: int, k: int, experts: int, seed: int = 0, drop: float = 0.1) -> torch.Tensor:
@@ -68,19 +68,6 @@ def test_buffer_that_is_too_small_drops_the_last_experts_copies() -> None:
     assert (row_map.destination[130:] == -1).all()
     row_map = route_map(index[128:], 3, rows=128)
     assert row_map.counts.tolist() == [2, 0, 0], "no row beyond the buffer"
-
-
-def test_chunks_become_groups_in_order_of_rank() -> None:
-    counts = torch.tensor([[2, 0, 1], [0, 3, 1]], dtype=torch.int32)
-    row_map = chunk_map(counts, tokens=9)
-    assert row_map.counts.tolist() == [2, 3, 2]
-    assert row_map.source[:3].tolist() == [0, 1, -1]
-    assert row_map.source[128:132].tolist() == [3, 4, 5, -1]
-    assert row_map.source[256:259].tolist() == [2, 6, -1]
-    assert row_map.destination[:, 0].tolist() == [0, 1, 256, 128, 129, 130, 257, -1, -1], "rows beyond the last chunk go nowhere"
-    empty = chunk_map(torch.zeros(4, 3, dtype=torch.int32), tokens=0)
-    assert empty.offsets.tolist() == [0, 0, 0, 0]
-    assert (empty.source == -1).all() and (empty.block_expert == -1).all()
 
 
 def matrix(row_map: RowMap) -> torch.Tensor:
@@ -188,12 +175,6 @@ def test_refusals() -> None:
         route_map(index, 3, rows=100)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         route_map(index, 0)
-    with pytest.raises(ValueError, match="counts adds up to 5 rows, but the delivered buffer has 4"):
-        chunk_map(torch.tensor([[2, 3]], dtype=torch.int32), 4)
-    with pytest.raises(ValueError, match="counts has -1"):
-        chunk_map(torch.tensor([[2, -1]], dtype=torch.int32), 4)
-    with pytest.raises(TypeError, match="counts must be int32, got torch.int64"):
-        chunk_map(torch.tensor([[2, 1]]), 4)
     row_map = route_map(index, 3)
     with pytest.raises(ValueError, match=r"must be \[6, cols\]; got shape \(5, 32\)"):
         gather_rows(normal(5, 32, 1), row_map)
