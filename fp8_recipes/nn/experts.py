@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..recipe import Recipe
+from ..recipe import Recipe, RecipeError
 from ..reference.grouped import GroupedTensor
 from ..tensor import TILE, ScaledTensor
 from ..weight_scaling import ATTRIBUTE, BF16_ROUNDING, PredictedScale
@@ -29,6 +29,8 @@ from .dispatch import Dispatcher
 
 _TOGETHER = "fp8_experts_anchor"
 """The first expert's parameter carries its layer's `_Anchor` under this name."""
+_PAYLOAD = "fp8_experts_payload"
+"""And its `_Kept` payload under this one."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,42 @@ class _Anchor:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """A payload and what it was made under."""
+
+    amax: torch.Tensor
+    step: tuple[int, int, float] | None
+    payload: GroupedTensor
+
+
+@dataclass(frozen=True)
 class ExpertWeights:
     """One weight of every expert as an operand: the parameters and the scales under which they are cast whenever a product needs them.
 
     weights: L times [N, K]. amax: [L] fp32, increment: float; both fixed when the operand is made, so fprop and dgrad see one scale.
+    step: names the optimizer step in which the weights have these values; None where nobody counts the steps.
     """
 
     weights: tuple[torch.Tensor, ...]
     recipe: Recipe
     amax: torch.Tensor
     increment: float = 0.0
+    step: tuple[int, int, float] | None = None
 
     def row(self) -> GroupedTensor:
-        """[L, N, K] payload for fprop."""
+        """[L, N, K] payload for fprop. Under ``weight_cache="row"`` it is kept, beside the parameters, from the first microbatch of a step to the last."""
+        if self.recipe.weight_cache == "none":
+            return self._cast()
+        owner: Any = self.weights[0]
+        kept: _Kept | None = getattr(owner, _PAYLOAD, None)
+        if kept is None or kept.amax is not self.amax or kept.step != self.step:
+            kept = None
+            setattr(owner, _PAYLOAD, None)  # the old payload is freed before the new one is made
+            kept = _Kept(self.amax, self.step, self._cast())
+            setattr(owner, _PAYLOAD, kept)
+        return kept.payload
+
+    def _cast(self) -> GroupedTensor:
         return ops.quantize_experts(self.weights, self.amax, self.increment, self.recipe.weight_format)
 
     def transposed(self) -> GroupedTensor:
@@ -63,8 +88,17 @@ class ExpertWeights:
 def expert_operand(weights: Sequence[torch.Tensor], recipe: Recipe) -> ExpertWeights:
     """Fix the experts' scales for one forward and backward: predicted if every parameter is under automatic scaling, else measured now, in one launch."""
     states = [w.__dict__[ATTRIBUTE] for w in weights if ATTRIBUTE in w.__dict__] if recipe.weight_scale == "predicted" else []
-    amax, increment = _predicted(weights, states) if len(states) == len(weights) else (_measure(weights), 0.0)
-    return ExpertWeights(tuple(weights), recipe, amax, increment)
+    predicted = len(states) == len(weights)
+    if recipe.weight_cache != "none" and not (predicted and states[0].clock.effective_interval):
+        raise RecipeError(
+            f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins; put the experts under predicted scales "
+            "(weight_scale=predicted, WeightScaling.track) and attach an Adam optimizer to that WeightScaling, or use weight_cache=none"
+        )
+    if not predicted:
+        return ExpertWeights(tuple(weights), recipe, _measure(weights))
+    amax, increment = _predicted(weights, states)
+    clock = states[0].clock
+    return ExpertWeights(tuple(weights), recipe, amax, increment, (clock.generation, clock.steps, increment))
 
 
 def _measure(weights: Sequence[torch.Tensor]) -> torch.Tensor:

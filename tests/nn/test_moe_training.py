@@ -11,7 +11,7 @@ from assertions import assert_snr
 from moe_cases import CALLS, FLOW, SAVED, F, H, case, floor, flow, leaves, normal, results, top_k, truth, watched, with_main_grad
 from torch.utils.checkpoint import checkpoint
 
-from fp8_recipes import from_name, ops
+from fp8_recipes import RecipeError, from_name, ops
 from fp8_recipes.nn import moe_experts
 from fp8_recipes.nn.experts import expert_operand
 from fp8_recipes.weight_scaling import ATTRIBUTE, WeightScaling
@@ -110,6 +110,36 @@ def test_predicted_scales_are_measured_together_and_hold() -> None:
     assert steps == [0, 0, 0, 3, 3, 3, 6]
     scaling.reanchor()
     assert expert_operand(params1, FLOW).amax is not operand.amax
+
+
+def test_kept_payload_lives_for_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(top_k(64, 2, 4), 4)
+    recipe = from_name("fp8_flow_moe:weight_cache=row")
+    w1, w2 = ([torch.nn.Parameter(w.float()) for w in ws] for ws in (c.w1, c.w2))
+    with pytest.raises(RecipeError, match="weight_cache=row needs to know where a step begins"):
+        moe_experts(c.x, c.index, c.prob, w1, w2, recipe=recipe)
+    optimizer = torch.optim.AdamW([*w1, *w2], lr=1e-2, betas=(0.9, 0.95))
+    scaling = WeightScaling(interval=2)
+    for w in (*w1, *w2):
+        scaling.track(w)
+    with pytest.raises(RecipeError, match="attach an Adam optimizer"):
+        moe_experts(c.x, c.index, c.prob, w1, w2, recipe=recipe)
+    scaling.attach(optimizer)
+    casts = []
+    for step in range(5):
+        for _ in range(3):
+            with watched(monkeypatch, large=1 << 30) as (calls, _):
+                y = moe_experts(c.x, c.index, c.prob, w1, w2, recipe=recipe)
+            assert torch.equal(y, moe_experts(c.x, c.index, c.prob, w1, w2, recipe=FLOW)), "the bits of a payload made afresh"
+            casts.append(calls["quantize_experts"])
+            y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            scaling.reanchor()
+            with torch.no_grad():
+                w1[2].mul_(3)  # as loading a checkpoint does
+    assert casts == [2, 0, 0] * 5
 
 
 def test_untracked_or_measured_weights_are_measured_at_every_use() -> None:
