@@ -32,8 +32,8 @@ def test_gpu_values_and_gradients(shape: tuple[int, ...], saved: str) -> None:
 def test_gpu_agrees_with_the_reference() -> None:
     c = case(top_k(200, 2, 8), 8, hidden=256, ffn=128)
     want, got = results(c, flow()), results(c.to("cuda"), flow())
-    for name in want:  # same payloads up to exp's last place and the accumulator's 14 bits
-        assert_snr(want[name], got[name].cpu(), 36.0, name)
+    for name in want:  # h differs by the accumulator's 14 bits, so that a few per cent of act and dh round the other way, a whole step of E4M3
+        assert_snr(want[name], got[name].cpu(), 31.0, name)
 
 
 @pytest.mark.gpu
