@@ -96,6 +96,14 @@ def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any
     return _backend(source).moments(x, q, **kwargs)
 
 
+def gelu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+    return _backend(h).gelu_quantize(h, *args, **kwargs)
+
+
+def gelu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.GeluGradients:
+    return _backend(dy).gelu_backward_quantize(dy, *args, **kwargs)
+
+
 def xielu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).xielu_quantize(h, *args, **kwargs)
 
@@ -149,6 +157,8 @@ __all__ = [
     "fold",
     "fold_transpose",
     "gather_rows",
+    "gelu_backward_quantize",
+    "gelu_quantize",
     "gemm",
     "gemm_exact",
     "grouped_fold_transpose",

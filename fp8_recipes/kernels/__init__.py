@@ -7,6 +7,7 @@ tensors, for tests.
 from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
+from .gelu import gelu_backward_quantize, gelu_quantize
 from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
@@ -24,6 +25,8 @@ __all__ = [
     "fold",
     "fold_transpose",
     "gather_rows",
+    "gelu_backward_quantize",
+    "gelu_quantize",
     "gemm",
     "grouped_fold_transpose",
     "grouped_gemm",

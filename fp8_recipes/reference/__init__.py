@@ -4,6 +4,7 @@ from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quant
 from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
+from .gelu import GeluGradients, gelu_backward_quantize, gelu_quantize
 from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .moments import moments
@@ -12,6 +13,7 @@ from .quantize import dequantize, quantize, quantize_weight
 from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
 
 __all__ = [
+    "GeluGradients",
     "GroupedTensor",
     "RowLayout",
     "RowMap",
@@ -25,6 +27,8 @@ __all__ = [
     "fold",
     "fold_transpose",
     "gather_rows",
+    "gelu_backward_quantize",
+    "gelu_quantize",
     "gemm",
     "gemm_exact",
     "grouped_fold_transpose",

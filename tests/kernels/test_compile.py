@@ -23,7 +23,7 @@ SCALARS = {"increment": "fp32", "eps": "fp32"}
 LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
 SIGMOID = "ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32"  # between 0 and 1, plus 1: what is flushed does not count
-EXP_MINUS_1 = re.compile(r"ex2\.approx\.ftz\.f32 \S+, t;")  # xielu: 1 is subtracted from it
+EXP_MINUS_1 = re.compile(r"(ex2|rcp)\.approx\.ftz\.f32 \S+, t;")  # xielu: 1 is subtracted from it; gelu: the tail below 1e-38, and 1 / (1 + |x|)
 TRANSPOSE = {"PARTS": 128, "COLUMNS_FIRST": True}
 
 
@@ -41,6 +41,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
                     found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob, "H": ""}, {}, 6))
                     found.append(("xielu", "_xielu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
                     found.append(("xielu", "_xielu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
+                    found.append(("gelu", "_gelu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
+                    found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
                 constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}

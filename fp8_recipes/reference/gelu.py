@@ -1,0 +1,65 @@
+"""GeLU, the activation of FOG-opt and FOG-flash (and of OP), with the quantisation behind it: what the fused kernels compute.
+
+    y = x Phi(x),    Phi(x) = erfc(-x / sqrt(2)) / 2          dy/dx = Phi(x) + x phi(x),    phi(x) = e^(-x^2 / 2) / sqrt(2 pi)
+
+The exact form (arXiv 1606.08415), which Megatron-LM computes where linear layers have no bias; not the tanh approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..formats import E4M3, Format
+from ..tensor import ScaledTensor
+from .activation import check_prob
+from .quantize import quantize
+from .xielu import check_same
+
+
+class GeluGradients(NamedTuple):
+    """h: the quantised gradient [rows, F]; prob: that of prob, fp32 [rows], None without prob."""
+
+    h: ScaledTensor
+    prob: torch.Tensor | None
+
+
+def gelu(h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+    """GeLU in fp32 of h [rows, F]; times ``prob`` [rows] fp32 if given."""
+    check_prob(prob, h.shape[0])
+    x = h.float()
+    y = x * (torch.special.erfc(x * -math.sqrt(0.5)) / 2)
+    return y if prob is None else y * prob[:, None]
+
+
+def gelu_backward(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+    """Gradient of `gelu` by h in fp32 [rows, F]."""
+    check_same(dy, h)
+    check_prob(prob, h.shape[0])
+    x = h.float()
+    g = dy.float() if prob is None else dy.float() * prob[:, None]
+    density = torch.exp(x * x * -0.5) / math.sqrt(2 * math.pi)
+    return g * (torch.special.erfc(x * -math.sqrt(0.5)) / 2 + x * density)
+
+
+def gelu_prob_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Gradient of `gelu` by prob, fp32 [rows]."""
+    check_same(dy, h)
+    return (dy.float() * gelu(h)).sum(dim=1)
+
+
+def gelu_quantize(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> ScaledTensor:
+    """Quantised GeLU of h [rows, F] bf16. prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation."""
+    return quantize(gelu(h, prob), granularity, fmt, fold=fold)
+
+
+def gelu_backward_quantize(
+    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> GeluGradients:
+    """Gradients of `gelu_quantize` from dy [rows, F] bf16: by h quantised, by prob in fp32."""
+    q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
+    return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))

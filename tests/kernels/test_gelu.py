@@ -1,0 +1,133 @@
+"""gelu_quantize and its backward: the reference, up to what the fitted tail crosses of rounding boundaries."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from assertions import assert_bitwise, assert_nearly_bitwise, snr_db
+
+from fp8_recipes import reference
+from fp8_recipes.formats import FORMATS
+from fp8_recipes.kernels import gelu_backward_quantize, gelu_quantize
+from fp8_recipes.reference.gelu import gelu, gelu_backward
+
+module = import_module("fp8_recipes.kernels.gelu")
+MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
+SHAPES = [(5, 128), (3, 832), (4, 100)]  # rows, F
+
+
+def inputs(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(rows * cols)
+    h = 3 * torch.randn(rows, cols, generator=gen)
+    dy = torch.randn(rows, cols, generator=gen) * torch.exp(torch.randn(rows, 1, generator=gen) * 2)
+    h[-1] *= 0.02
+    h[0, 0], h[0, 1], h[0, 2] = 80.0, -120.0, 0.0
+    return dy.bfloat16().to(device), h.bfloat16().to(device)
+
+
+def truth(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, dh) by autograd in fp64."""
+    x = h.double().requires_grad_()
+    y = torch.nn.functional.gelu(x)
+    if prob is not None:
+        y = y * prob.double()[:, None]
+    (dh,) = torch.autograd.grad(y, x, dy.double())
+    return y.detach(), dh
+
+
+def check(q, expected, exact):
+    assert q.payload.dtype == expected.payload.dtype
+    assert_nearly_bitwise(q.scale, expected.scale, 1e-4, "scale")
+    assert (q.tile_exponent is None) == (expected.tile_exponent is None)
+    if expected.tile_exponent is not None:
+        assert_nearly_bitwise(q.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
+    assert_nearly_bitwise(q.payload, expected.payload, 1e-3, "payload")
+    assert abs(snr_db(exact, reference.dequantize(q)) - snr_db(exact, reference.dequantize(expected))) < 0.05
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("granularity", "fold"), MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gelu(device, shape, granularity, fold, fmt):
+    dy, h = inputs(*shape, device)
+    y, dh = truth(dy, h)
+    check(gelu_quantize(h, granularity, fmt, fold=fold), reference.gelu_quantize(h, granularity, fmt, fold=fold), y)
+    actual = gelu_backward_quantize(dy, h, granularity, fmt, fold=fold)
+    check(actual.h, reference.gelu_backward_quantize(dy, h, granularity, fmt, fold=fold).h, dh)
+    assert actual.prob is None
+
+
+@pytest.mark.parametrize(("granularity", "fold"), MODES)
+def test_prob(device, granularity, fold):
+    dy, h = inputs(5, 832, device)
+    prob = torch.rand(5, generator=torch.Generator().manual_seed(1)).to(device)
+    h[1], dy[1], prob[1] = 0, 0, 0  # a padding row
+    y, dh = truth(dy, h, prob)
+    q, actual = gelu_quantize(h, granularity, fold=fold, prob=prob), gelu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
+    check(q, reference.gelu_quantize(h, granularity, fold=fold, prob=prob), y)
+    check(actual.h, reference.gelu_backward_quantize(dy, h, granularity, fold=fold, prob=prob).h, dh)
+    terms = dy.double() * truth(dy, h)[0]
+    assert actual.prob is not None and actual.prob.dtype == torch.float32 and actual.prob[1] == 0
+    assert ((actual.prob.double() - terms.sum(1)).abs() <= 1e-5 * terms.abs().sum(1)).all()
+    assert not q.payload[1].view(torch.uint8).any() and not actual.h.payload[1].view(torch.uint8).any()
+    assert_bitwise(gelu_quantize(h, granularity, fold=fold, prob=torch.ones_like(prob)), gelu_quantize(h, granularity, fold=fold))
+
+
+def test_the_fitted_tail(device):
+    """Every group holds one value, so E4M3 shows its relative error: none is a whole step from float64, far into the tail."""
+    x = torch.linspace(-12, 6, 512, device=device)
+    h = torch.zeros(512, 32, device=device)
+    h[:, 0] = x
+    h = h.bfloat16()
+    one = torch.zeros_like(h)
+    one[:, 0] = 1
+    for q, exact in ((gelu_quantize(h, "micro"), gelu(h.double())), (gelu_backward_quantize(one, h, "micro").h, gelu_backward(one, h))):
+        got = reference.dequantize(q)[:, 0].double()
+        assert ((got - exact[:, 0].double()).abs() <= (2**-4 + 1e-5) * exact[:, 0].double().abs() + 1e-36).all()
+
+
+def test_rows_too_wide_for_registers(device, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROW", 256)
+    dy, h = inputs(3, 384, device)
+    y, dh = truth(dy, h)
+    check(gelu_quantize(h, "micro", fold="row"), reference.gelu_quantize(h, "micro", fold="row"), y)
+    check(gelu_backward_quantize(dy, h).h, reference.gelu_backward_quantize(dy, h).h, dh)
+
+
+def test_bad_elements_stay_alone(device):
+    dy, h = inputs(4, 256, device)
+    h[1, 7], h[2, 9], dy[3] = float("nan"), float("inf"), 0.0
+    expected = torch.zeros(4, 256, dtype=torch.bool, device=device)
+    expected[1, 7] = expected[2, 9] = True
+    assert torch.equal(reference.dequantize(gelu_quantize(h, "micro", fold="row")).isnan(), expected)
+    dh = reference.dequantize(gelu_backward_quantize(dy, h, "micro", fold="row").h)
+    assert torch.equal(dh.isnan(), expected) and (dh[3] == 0).all()
+
+
+def test_bad_input(device):
+    dy, h = inputs(4, 128, device)
+    with pytest.raises(ValueError, match=r"h and dy must both be \[rows, F\]"):
+        gelu_backward_quantize(dy[:, :64].contiguous(), h)
+    with pytest.raises(ValueError, match="prob must be contiguous fp32"):
+        gelu_quantize(h, prob=torch.ones(8, device=device)[::2])
+    with pytest.raises(ValueError, match="empty"):
+        gelu_quantize(h[:0])
+    with pytest.raises(ValueError, match="empty"):
+        gelu_backward_quantize(dy[:0], h[:0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8192, 6144), (4096, 12288), (4096, 21504), (8192, 2112)], ids=str)
+@pytest.mark.parametrize(("granularity", "fold"), MODES[:4])
+def test_real_sizes(device, shape, granularity, fold):
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], device=device)
+    for fmt in FORMATS.values():
+        for p in (None, prob):
+            y, dh = truth(dy, h, p)
+            options = {"fold": fold, "prob": p}
+            check(gelu_quantize(h, granularity, fmt, **options), reference.gelu_quantize(h, granularity, fmt, **options), y)
+            actual = gelu_backward_quantize(dy, h, granularity, fmt, **options)
+            check(actual.h, reference.gelu_backward_quantize(dy, h, granularity, fmt, **options).h, dh)
