@@ -79,7 +79,8 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
     predicted = [recipe for recipe in recipes if recipe.weight_scale == "predicted"]
     if not predicted:
         return None
-    return attach(chunks, optimizer, interval=min(r.interval for r in predicted), experts=any(r.moe == "flow" for r in predicted))
+    experts, dense = any(r.moe == "flow" for r in predicted), any(r.dense_recipe is r for r in predicted)
+    return attach(chunks, optimizer, interval=min(r.interval for r in predicted), dense=dense, experts=experts)
 
 
 def specs_in_use(args: Any) -> list[str]:
@@ -110,13 +111,13 @@ def _values_of(key: str, tree: Any) -> Iterator[str]:
             yield from _values_of(key, item)
 
 
-def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, experts: bool = False) -> WeightScaling:
-    """Put every TransformerEngine linear weight of the model's chunks under one clock, driven by all inner optimizers of Megatron's ``optimizer``.
+def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, dense: bool = True, experts: bool = False) -> WeightScaling:
+    """Put TransformerEngine's linear weights in the model's chunks under one clock, driven by all inner optimizers of Megatron's ``optimizer``.
 
-    experts: the weights of the grouped linears too, one scale per expert.
+    dense, experts: those of the dense linears; those of the grouped ones, one scale per expert.
     """
     clock = WeightScaling(interval=interval, on_message=_print_rank_0)
-    weights = [(weight, group) for chunk in chunks for weight, group in fp8_weights(chunk, experts)]
+    weights = [(weight, group) for chunk in chunks for weight, group in fp8_weights(chunk, dense, experts)]
     for weight, group in weights:
         clock.track(weight, group)
     inner = inner_optimizers(optimizer)
@@ -127,8 +128,8 @@ def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, experts
     return clock
 
 
-def fp8_weights(model: torch.nn.Module, experts: bool = False) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """(weight, process group) of TransformerEngine's dense linears and, with ``experts``, of its grouped ones.
+def fp8_weights(model: torch.nn.Module, dense: bool = True, experts: bool = False) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """(weight, process group) of TransformerEngine's dense linears and of its grouped ones, as asked.
 
     The group is that of the tensor-parallel ranks that hold the other shards, None if unsharded; an expert's weight is whole on one rank.
     """
@@ -137,7 +138,7 @@ def fp8_weights(model: torch.nn.Module, experts: bool = False) -> Iterator[tuple
     for module in model.modules():
         if experts and isinstance(module, GroupedLinear):
             yield from ((parameter, None) for parameter in module.parameters(recurse=False) if parameter.dim() == 2)
-        if isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
+        if dense and isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
             sharded = module.tp_size > 1 and (isinstance(module, LayerNormMLP) or module.parallel_mode in ("column", "row"))
             group = module.tp_group if sharded else None
             for parameter in module.parameters(recurse=False):

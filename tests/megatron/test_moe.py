@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import moe_layers as layers  # noqa: E402
 from assertions import assert_bitwise, snr_db  # noqa: E402
 
 from fp8_recipes import RecipeError  # noqa: E402
-from fp8_recipes.megatron import moe  # noqa: E402
+from fp8_recipes.megatron import moe, weight_scaling_hook  # noqa: E402
 from fp8_recipes.megatron.weight_scaling_hook import attach  # noqa: E402
 from fp8_recipes.weight_scaling import ATTRIBUTE  # noqa: E402
 
@@ -226,8 +227,20 @@ def test_predicted_scales_of_the_experts_follow_the_optimizer():
 
 def test_dense_recipes_do_not_track_experts():
     layer = layers.build(layers.config_of())
-    attach([layer], torch.optim.AdamW(layer.parameters()), interval=5)
+    attach([layer], torch.optim.AdamW(layer.parameters(), betas=(0.9, 0.95)), interval=5)
     assert not any(hasattr(w, ATTRIBUTE) for w in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tracked"), [("fp8_flow_moe", (True, True)), ("fp8_flow_moe:dense=bf16", (False, True)), ("fp8_flow_moe:weight_scale=measured", (True, False))]
+)
+def test_only_weights_that_are_predicted_are_tracked(monkeypatch, recipe, tracked):
+    """(dense, experts) for each recipe; moss predicts."""
+    asked = []
+    monkeypatch.setattr(weight_scaling_hook, "attach", lambda chunks, optimizer, **kwargs: asked.append((kwargs["dense"], kwargs["experts"])))
+    monkeypatch.setattr(weight_scaling_hook.report, "precision_table", lambda args, chunks: "")
+    weight_scaling_hook.on_model_and_optimizer(argparse.Namespace(fp8="e4m3", fp8_recipe=recipe), [], None)
+    assert asked == [tracked]
 
 
 @pytest.mark.parametrize("recipes", [("fp8_flow_moe", None), (None, "fp8_flow_moe")], ids=["flow to bf16", "bf16 to flow"])

@@ -91,6 +91,7 @@ class TestOneGpu:
     def test_scales_of_dense_and_expert_weights_are_predicted(self, train):
         """4 layers: 2 linears of the attention, 8 experts with 2 weights each."""
         assert "72 weight scales predicted" in train("fp8_flow_moe")[1]
+        assert "64 weight scales predicted" in train("fp8_flow_moe:dense=bf16")[1]
 
     @pytest.mark.parametrize(
         ("flags", "words"),
