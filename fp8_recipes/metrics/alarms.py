@@ -11,11 +11,13 @@ observed steps in a row; for QKV, the tensor that shows it first, in ``qkv_patie
 
 The other thresholds are shares of the finite non-zero elements of a tensor in one observed step:
 
-* non-finite elements: any.
-* saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale. A measured scale never saturates; under a predicted one any saturation
+* non-finite elements: any, at once.
+* saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale, at once. A measured scale never saturates; under a predicted one any saturation
   means that the bound was broken; under delayed scaling some is normal.
 * flush share: 1 % of an activation or weight, 5 % of a gradient (gradients spread wider, and what is lost is small).
-* fold flushes (what the fold for wgrad turns into zero): the same two.
+* fold flushes (what the fold for wgrad turns into zero): the same two. Flushes of either kind count after ``patience`` observed steps in a row.
+
+An alarm is raised once and again only after its value has fallen below half of the threshold, so that one that hovers does not fill the log.
 """
 
 from __future__ import annotations
@@ -79,12 +81,13 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 
 class Alarms:
-    """Judges readings step by step. An alarm is raised when its condition begins and again only after it has ceased."""
+    """Judges readings step by step."""
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = Thresholds() if thresholds is None else thresholds
         self._history: dict[str, tuple[list[int], list[float]]] = {}
         self._lasting: dict[tuple[str, str], int] = {}
+        """Observed steps in a row above the threshold; kept while the value is between half of it and all of it, once the alarm is on."""
 
     def remember(self, step: int, kurtosis: Mapping[str, float | None]) -> None:
         """Take in kurtosis by name without judging: `judge` does it, and a resumed run with what it finds in its log. A step seen before is replaced."""
@@ -110,25 +113,28 @@ class Alarms:
         p = self.growth(step, name) if is_activation(name) else None
         patience = t.qkv_patience if split_name(name)[1] == "qkv" else t.patience
         grown = p is not None and p >= t.growth_exponent and (r.kurtosis or 0.0) >= t.kurtosis_floor
-        if self._begins("kurtosis", name, grown, patience):
+        if self._begins("kurtosis", name, grown, p is not None and p >= 0.5 * t.growth_exponent, patience):
             assert p is not None
             text = f"kurtosis {r.kurtosis:.1f} grows like step^{p:.1f}, no longer slower than linearly"
             found.append(self._alarm(step, "kurtosis", name, p, t.growth_exponent, text))
         shares = (
-            ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, f"{r.nonfinite} elements are NaN or Inf"),
-            ("saturation", r.saturation_share, t.saturation_share, f"{r.saturation_share:.2%} of its values are above what its scale can hold"),
-            ("flush", r.flush_share, flush, f"{r.flush_share:.2%} of its values become zero in FP8"),
-            ("fold_flush", r.fold_flush_share, flush, f"{r.fold_flush_share:.2%} of its FP8 values become zero in the fold for wgrad"),
+            ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, 1, f"{r.nonfinite} elements are NaN or Inf"),
+            ("saturation", r.saturation_share, t.saturation_share, 1, f"{r.saturation_share:.4%} of its values are above what its scale can hold"),
+            ("flush", r.flush_share, flush, t.patience, f"{r.flush_share:.2%} of its values become zero in FP8"),
+            ("fold_flush", r.fold_flush_share, flush, t.patience, f"{r.fold_flush_share:.2%} of its FP8 values become zero in the fold for wgrad"),
         )
-        for kind, value, limit, text in shares:
-            if self._begins(kind, name, value > limit, 1):
+        for kind, value, limit, wait, text in shares:
+            if self._begins(kind, name, value > limit, value > 0.5 * limit, wait):
                 found.append(self._alarm(step, kind, name, value, limit, text))
         return found
 
-    def _begins(self, kind: str, name: str, true: bool, patience: int) -> bool:
-        lasted = self._lasting.get((kind, name), 0) + 1 if true else 0
+    def _begins(self, kind: str, name: str, above: bool, near: bool, patience: int) -> bool:
+        """Is the alarm to be raised now? above: beyond the threshold; near: beyond half of it."""
+        lasted = self._lasting.get((kind, name), 0)
+        raised = lasted >= patience
+        lasted = lasted + 1 if above else lasted if raised and near else 0
         self._lasting[kind, name] = lasted
-        return lasted == patience
+        return not raised and lasted == patience
 
     def _alarm(self, step: int, kind: str, name: str, value: float, threshold: float, text: str) -> Alarm:
         layer, tensor = split_name(name)

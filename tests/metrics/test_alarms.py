@@ -93,18 +93,31 @@ def test_a_step_run_again_after_a_rollback_replaces_what_was_seen() -> None:
 )
 def test_shares_above_their_threshold(name: str, change: dict[str, int], kind: str) -> None:
     alarms = Alarms()
-    assert alarms.judge(1, {name: HEALTHY}) == []
+    wait = 3 if "flush" in kind else 1
     bad = replace(HEALTHY, **change)  # type: ignore[arg-type]
-    (alarm,) = alarms.judge(2, {name: bad})
+    assert alarms.judge(1, {name: HEALTHY}) == []
+    for step in range(2, 1 + wait):
+        assert alarms.judge(step, {name: bad}) == []
+    (alarm,) = alarms.judge(1 + wait, {name: bad})
     assert (alarm.kind, alarm.layer, alarm.name) == (kind, 2, name)
     assert "layer 2" in alarm.message and alarm.value > alarm.threshold
-    assert alarms.judge(3, {name: bad}) == []
-    assert alarms.judge(4, {name: HEALTHY}) == []
-    assert len(alarms.judge(5, {name: bad})) == 1
+    assert alarms.judge(10, {name: bad}) == []
+    assert alarms.judge(11, {name: HEALTHY}) == []
+    assert sum(len(alarms.judge(12 + i, {name: bad})) for i in range(wait)) == 1
+
+
+def test_a_share_that_hovers_around_its_threshold_is_told_once() -> None:
+    alarms, name = Alarms(), "layers.2.mlp.down.input"
+    found = []
+    for step, flushed in enumerate([11, 9, 11, 12, 13, 9, 6, 11, 9, 11, 11, 11, 4, 11, 11, 11]):
+        found += alarms.judge(step, {name: replace(HEALTHY, flushed=flushed)})
+    assert [a.step for a in found] == [4, 15]
 
 
 def test_gradients_may_flush_more_and_only_activations_have_a_kurtosis_alarm() -> None:
-    assert Alarms().judge(1, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=49)}) == []
+    alarms = Alarms(Thresholds(patience=1))
+    assert alarms.judge(1, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=49)}) == []
+    assert alarms.judge(2, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=51)}) != []
     assert run(lambda t: 1.01**t, name="layers.2.mlp.down.grad") == []
 
 

@@ -1,0 +1,158 @@
+"""The report: one HTML file with everything in it, figures included."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from .. import __version__
+from ..metrics.alarms import Alarms
+from .plot import TITLES, plot_kurtosis, plot_loss, plot_scales
+from .read import ROLES, InspectError, RunLog, read_run
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; --bad: #b91c1c; --good: #2f6f4f; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+p, figcaption { color: var(--muted); margin: .3rem 0 .8rem; } figure { margin: 0; } img { width: 100%; height: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; color: var(--muted); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.verdict { font-weight: 600; margin: .8rem 0; } .bad { color: var(--bad); } .good { color: var(--good); }
+"""
+MAX_ALARMS = 50
+"""Alarms listed; the rest are counted."""
+
+
+def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Read runs (folders or .jsonl files), write loss.png, kurtosis.png, scales.png and report.html into ``out`` (default: the first run's folder); returns
+    the page. Figures for which nothing was recorded are left out. Raises InspectError before it writes anything."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InspectError("inspect draws with matplotlib: pip install matplotlib")
+    runs = [run for path in paths for run in read_run(path)]
+    folder = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
+    if folder.exists() and not folder.is_dir():
+        raise InspectError(f"--out {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Path] = {}
+    for name, draw in (("kurtosis", plot_kurtosis), ("loss", plot_loss), ("scales", plot_scales)):
+        path = folder / f"{name}.png"
+        if draw(path, runs):
+            figures[name] = path
+    page = folder / "report.html"
+    page.write_text(render(runs, figures), encoding="utf-8")
+    return page
+
+
+def render(runs: Sequence[RunLog], figures: dict[str, Path]) -> str:
+    """The page's HTML."""
+    title = "fp8_recipes: " + ", ".join(r.name for r in runs)
+    body = [f"<h1>{escape(', '.join(r.name for r in runs))}</h1>", f"<p>fp8_recipes {__version__}, fp8-recipes inspect</p>", _verdict(runs), _summary(runs)]
+    captions = {
+        "kurtosis": "Kurtosis, mean(x^4) / mean(x^2)^2 per token, averaged over tokens: 3 for a Gaussian, larger with outliers. One line per layer, from dark "
+        "(first) to light (last); black: their mean; red ring: alarm. Healthy growth slows down; what bends upward, QKV first, is a warning.",
+        "loss": "Loss and gradient norm. Dashed: the first alarm of the run in that colour.",
+        "scales": "Exponents of the FP8 scales over all layers, and the largest share of any layer's values that became zero, was clipped, or is turned into "
+        "zero by the fold for wgrad. Where a fused kernel made the tensor, exact zeros count as flushed.",
+    }
+    headings = {"kurtosis": "Kurtosis", "loss": "Loss", "scales": "FP8 scales and losses"}
+    for name, path in figures.items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        body.append(f'<h2>{headings[name]}</h2><figure><img alt="{headings[name]} over steps" src="data:image/png;base64,{data}">')
+        body.append(f"<figcaption>{escape(captions[name])}</figcaption></figure>")
+    body += [_alarms(runs), _worst(runs)]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(b for b in body if b) + "\n</body></html>\n"
+
+
+def _verdict(runs: Sequence[RunLog]) -> str:
+    lines = []
+    for run in runs:
+        if not run.tensors:
+            text, kind = "no metrics recorded, only the loss", ""
+        elif run.alarms:
+            first = next((a for a in run.alarms if a["alarm"] in ("kurtosis", "nonfinite")), run.alarms[0])
+            count = "1 alarm" if len(run.alarms) == 1 else f"{len(run.alarms)} alarms"
+            text, kind = f"{count}; {first['message']}", "bad"
+        else:
+            text, kind = f"no alarm in {run.last_step} steps", "good"
+        lines.append(f'<div class="verdict {kind}">{escape(run.name)}: {escape(text)}</div>')
+    return "".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
+    """The last ``numbers`` columns are numbers."""
+    first = len(header) - numbers
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(f"<{tag}{' class=n' if i >= first else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _summary(runs: Sequence[RunLog]) -> str:
+    rows = []
+    for run in runs:
+        loss = list(run.scalars.get("loss", {}).values())
+        for tensor in run.watched() or [""]:
+            layers = run.layers(tensor, "kurtosis")
+            last = {layer: list(s.values())[-1] for layer, s in layers.items()}
+            worst = max(last, key=lambda n: last[n]) if last else None
+            first = {layer: next(iter(s.values())) for layer, s in layers.items()}
+            rows.append(
+                (
+                    run.name,
+                    TITLES.get(tensor, "-"),
+                    str(run.last_step),
+                    f"{loss[-1]:.4f}" if loss else "-",
+                    _mean(first),
+                    _mean(last),
+                    "-" if worst is None else f"{last[worst]:.4g} (layer {worst})",
+                    "-" if worst is None else _growth(layers[worst], run.last_step),
+                )
+            )
+    header = ("run", "tensor", "steps", "last loss", "kurtosis at start", "kurtosis at end", "largest at end", "grows like")
+    return "<h2>Summary</h2>" + _table(header, rows, 6)
+
+
+def _mean(values: dict[int, float]) -> str:
+    return f"{sum(values.values()) / len(values):.4g}" if values else "-"
+
+
+def _growth(series: dict[int, float], step: int) -> str:
+    """Local exponent as the alarms compute it, with their default warm-up."""
+    alarms = Alarms()
+    for at, value in series.items():
+        alarms.remember(at, {"x": value})
+    p = alarms.growth(step, "x")
+    return "too few readings" if p is None else f"step^{p:.2f}"
+
+
+def _alarms(runs: Sequence[RunLog]) -> str:
+    rows = [(run.name, str(a["step"]), a["alarm"], a["message"]) for run in runs for a in run.alarms]
+    if not rows:
+        return ""
+    more = f"<p>and {len(rows) - MAX_ALARMS} more</p>" if len(rows) > MAX_ALARMS else ""
+    return "<h2>Alarms</h2>" + _table(("run", "step", "kind", "what"), rows[:MAX_ALARMS], 0) + more
+
+
+def _worst(runs: Sequence[RunLog]) -> str:
+    """The quantised tensors that lose most, at the last observed step."""
+    rows: list[tuple[float, tuple[str, ...]]] = []
+    for run in runs:
+        for role in ROLES:
+            for name in run.of_role(role, "scale_exponent_max"):
+                last = {what: list(s.values())[-1] for what, s in run.tensors[name].items()}
+                lost = last.get("flush_share", 0.0) + last.get("saturation_share", 0.0) + last.get("fold_flush_share", 0.0)
+                shares = tuple(f"{100 * last.get(what, 0.0):.3g}" for what in ("flush_share", "saturation_share", "fold_flush_share"))
+                exponents = f"2^{last['scale_exponent_min']:.0f} .. 2^{last['scale_exponent_max']:.0f}"
+                rows.append((lost, (run.name, name, exponents, *shares, f"{last.get('amax', 0.0):.4g}")))
+    if not rows:
+        return ""
+    rows.sort(key=lambda r: -r[0])
+    header = ("run", "tensor", "scales", "flushed %", "saturated %", "flushed by the fold %", "amax")
+    return f"<h2>Quantised tensors that lose most, at the end ({min(len(rows), 12)} of {len(rows)})</h2>" + _table(header, [r for _, r in rows[:12]], 5)

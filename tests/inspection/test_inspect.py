@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8_recipes.cli import main
+from fp8_recipes.inspection import InspectError, inspect, read_run
+from fp8_recipes.inspection.read import mean_over
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
+
+
+def tensor(kurtosis: float, **fp8: float) -> dict[str, Any]:
+    return {"kurtosis": kurtosis, "pooled_kurtosis": kurtosis, "rms": 1.0, "amax": 9.0, "elements": 64, **fp8}
+
+
+def quantised(flush: float) -> dict[str, Any]:
+    return tensor(5.0, flush_share=flush, saturation_share=0.0, fold_flush_share=0.001, scale_exponent_min=-9, scale_exponent_max=-6)
+
+
+def write_run(folder: Path, steps: int = 30, alarm: bool = True, fp8: bool = True) -> Path:
+    """A run of two layers: Megatron's iteration log and the metrics, as `IterationLog` and `JsonLines` write them."""
+    folder.mkdir(parents=True)
+    with (folder / "loss.jsonl").open("w") as stream:
+        for i in range(1, steps + 1):
+            stream.write(json.dumps({"iteration": i, "lm_loss": 5 - math.log(i), "lm_loss_hex": "0x1", "grad_norm": 1.0 + 1 / i, "learning_rate": 1e-3}) + "\n")
+    with (folder / "metrics.jsonl").open("w") as stream:
+        for i in range(10, steps + 1, 10):
+            tensors = {f"layers.{n}.{t}": tensor(3.0 * n + i / 10) for n in (1, 2) for t in ("qkv", "down_input", "block_output")}
+            if fp8:
+                tensors |= {f"layers.{n}.mlp.linear_fc2.{role}": quantised(0.01 * n) for n in (1, 2) for role in ("input", "weight", "grad")}
+            stream.write(json.dumps({"kind": "metrics", "step": i, "loss": 5 - math.log(i), "tensors": tensors}) + "\n")
+        if alarm:
+            line = {"kind": "alarm", "step": 20, "alarm": "kurtosis", "name": "layers.2.qkv", "layer": 2, "tensor": "qkv", "value": 1.4, "threshold": 1.0}
+            stream.write(json.dumps(line | {"message": "step 20, layer 2, qkv: kurtosis <8> & growing"}) + "\n")
+    return folder
+
+
+def test_reading_puts_files_of_a_folder_together_by_step(tmp_path: Path) -> None:
+    (run,) = read_run(write_run(tmp_path / "a"))
+    assert (run.name, run.last_step, len(run.scalars["loss"])) == ("a", 30, 30)
+    assert run.watched() == ["qkv", "down_input", "block_output"]
+    assert run.layers("qkv", "kurtosis") == {1: {10: 4.0, 20: 5.0, 30: 6.0}, 2: {10: 7.0, 20: 8.0, 30: 9.0}}
+    assert mean_over(run.layers("qkv", "kurtosis")) == {10: 5.5, 20: 6.5, 30: 7.5}
+    assert run.of_role("grad", "flush_share")["layers.2.mlp.linear_fc2.grad"] == {10: 0.02, 20: 0.02, 30: 0.02}
+    assert [a["alarm"] for a in run.alarms] == ["kurtosis"]
+
+
+def test_a_resumed_run_shows_each_step_once_as_written_last(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"kind": "metrics", "step": 20, "tensors": {"layers.1.qkv": tensor(77.0)}}) + "\n")
+    (run,) = read_run(folder)
+    assert run.layers("qkv", "kurtosis")[1] == {10: 4.0, 20: 77.0, 30: 6.0}
+
+
+def test_the_log_of_the_demo_holds_two_runs(tmp_path: Path) -> None:
+    lines = [{"run": name, "step": i, "loss": 4.0 - i, "grad_norm": 1.0, "lr": 1e-3, "tokens": 9} for name in ("fp32", "moss") for i in (1, 2)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = read_run(path)
+    assert [r.name for r in runs] == ["log: fp32", "log: moss"]
+    assert runs[1].scalars["learning_rate"] == {1: 1e-3, 2: 1e-3}
+    page = inspect([path]).read_text()
+    assert page.count("data:image/png;base64,") == 1 and "no metrics recorded" in page
+
+
+class Page(HTMLParser):
+    """Checks nesting and gathers text, image sources and links to elsewhere."""
+
+    void = ("meta", "img", "br", "!doctype")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.words: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.void:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1] != "style":
+            self.words.append(data)
+
+
+def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b<c", alarm=False)
+    path = inspect([a, b], tmp_path / "out")
+    assert path == tmp_path / "out" / "report.html"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["kurtosis.png", "loss.png", "report.html", "scales.png"]
+    text = path.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
+    page = Page(text)
+    words = " ".join(page.words)
+    assert len(page.images) == 3 and all(i["alt"] for i in page.images)
+    for image, name in zip(page.images, ("kurtosis", "loss", "scales"), strict=True):
+        png = base64.b64decode((image["src"] or "").partition(",")[2])
+        assert png == (path.parent / f"{name}.png").read_bytes()
+        width, height = struct.unpack(">II", png[16:24])
+        assert width > 800 and height > 400
+    assert "a: 1 alarm; step 20, layer 2, qkv: kurtosis <8> & growing" in words
+    assert "b<c: no alarm in 30 steps" in words
+    assert "9 (layer 2)" in words and f"{5 - math.log(30):.4f}" in words
+    assert "layers.2.mlp.linear_fc2.grad" in words and "2^-9 .. 2^-6" in words
+
+
+def test_a_bf16_run_has_no_scales_and_a_short_one_no_growth(tmp_path: Path) -> None:
+    path = inspect([write_run(tmp_path / "a", steps=10, alarm=False, fp8=False)])
+    assert path.parent == tmp_path / "a" and not (tmp_path / "a" / "scales.png").exists()
+    page = path.read_text()
+    assert "too few readings" in page and "lose most" not in page
+
+
+def test_growth_is_that_of_the_alarms(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with (folder / "m.jsonl").open("w") as stream:
+        for i in range(10, 2001, 10):
+            stream.write(json.dumps({"kind": "metrics", "step": i, "tensors": {"layers.1.qkv": tensor(i**0.5)}}) + "\n")
+    assert "step^0.50" in inspect([folder]).read_text()
+
+
+def test_infinite_and_missing_losses_are_drawn_around(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "loss": {v}, "grad_norm": null}}\n' for i, v in enumerate(("3.0", "2.5", "NaN", "Infinity", "1e30", "2.4"))))
+    (run,) = read_run(path)
+    assert "grad_norm" not in run.scalars and math.isnan(run.scalars["loss"][2])
+    assert inspect([path]).exists()
+
+
+def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert read_run(path)[0].scalars["loss"] == {1: 3.0}
+    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 3.0}\n')
+    with pytest.raises(InspectError, match=r"log.jsonl, line 1: not JSON"):
+        read_run(path)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(write_run(tmp_path / "a"))]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'a' / 'report.html'}\n"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.jsonl").write_text('{"x": 1}\n')
+    for given, told in (("missing", "no such file or folder"), ("empty", "holds no .jsonl file"), ("other.jsonl", "no line of other.jsonl")):
+        assert main(["inspect", str(tmp_path / given)]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "a"), "--out", str(tmp_path / "other.jsonl")]) == 2
+    assert "name a folder" in capsys.readouterr().err
