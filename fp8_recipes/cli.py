@@ -1,4 +1,4 @@
-"""``fp8-recipes``: demo and recipes. Errors a user can mend exit with code 2 and one sentence."""
+"""``fp8-recipes``: demo, inspect and recipes. Errors a user can mend exit with code 2 and one sentence."""
 
 from __future__ import annotations
 
@@ -51,8 +51,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for loss.png, log.jsonl and summary.json (default: runs/demo)")
     demo.add_argument("--data", type=Path, default=None, help="text file or folder (default: the Python standard library's sources)")
     demo.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    inspect = commands.add_parser("inspect", help="draw loss, kurtosis and FP8 scales of finished or running trainings, with a one-page report")
+    inspect.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folder with a run's .jsonl files, or one such file; several are drawn side by side")
+    inspect.add_argument("--out", type=Path, default=None, help="folder for report.html and the PNGs (default: the first RUN)")
     commands.add_parser("recipes", help="list the named recipes")
     return parser
+
+
+def _inspect(runs: list[Path], out: Path | None) -> int:
+    from .inspection import InspectError, inspect
+
+    try:
+        page = inspect(runs, out)
+    except InspectError as error:
+        print(f"fp8-recipes: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {page}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, recipe in RECIPES.items():
             print(f"{name:<11} {describe(recipe)}")
         return 0
+    if arguments.command == "inspect":
+        return _inspect(arguments.run, arguments.out)
     from .demo import DemoError
     from .demo_report import run_demo
 
