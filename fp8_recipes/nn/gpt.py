@@ -15,6 +15,8 @@ from torch import nn
 
 from ..architecture import LLAMA3, Architecture
 from .fog import XIELU, LayerScale, RMSNorm, TanhBound, smooth_swiglu
+from .linear import Linear as Fp8Linear
+from .mlp import can_fuse, fp8_mlp
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class MLP(nn.Module):
 
 
 class UngatedMLP(nn.Module):
-    """``down(activation(up(x)))`` with GeLU or xIELU."""
+    """``down(activation(up(x)))`` with GeLU or xIELU: in FP8, under a recipe that folds to rows, as one function (`fp8_mlp`)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -126,6 +128,9 @@ class UngatedMLP(nn.Module):
         self.down = nn.Linear(config.inner, config.width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.up, Fp8Linear) and can_fuse(self.up, self.down):
+            alpha = self.activation.alpha() if isinstance(self.activation, XIELU) else None
+            return fp8_mlp(x, self.up.weight, self.down.weight, alpha, recipe=self.up.recipe, observer=self.up.observer)
         return self.down(self.activation(self.up(x)))
 
 
