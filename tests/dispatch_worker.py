@@ -82,6 +82,7 @@ def run_case(dispatcher: Any, case: str, rank: int, world: int, device: torch.de
     }
     for name, t in (("forward", received), ("backward", back[0])):
         results |= {f"{name} payload": t.payload, f"{name} scale": t.scale, f"{name} tile_exponent": t.tile_exponent}
+    assert index is not None and dispatcher.received_copies(plan) == int((index >= 0).sum())
     if isinstance(dispatcher, AllToAll):
         results["splits"] = torch.tensor(plan.splits)
         assert plan.received_rows == received.shape[0] and plan.sent_rows == sum(plan.splits[0])

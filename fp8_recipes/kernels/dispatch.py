@@ -30,28 +30,29 @@ COPIES_PER_PROGRAM = 1024
 
 @triton.jit
 def _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr):
-    """(int32 [TOKENS, RANKS]: 1 where the token goes to the rank; int32 [TOKENS]: ids that do not exist)."""
-    hit = tl.zeros((TOKENS, RANKS), tl.int32)
+    """(int32 [TOKENS, RANKS]: how many of the token's copies go to the rank; int32 [TOKENS]: ids that do not exist)."""
+    copies = tl.zeros((TOKENS, RANKS), tl.int32)
     bad = tl.zeros((TOKENS,), tl.int32)
     for k in tl.static_range(K):
         expert = tl.load(expert_ptr + token.to(tl.int64) * K + k, mask=token < tokens, other=-1)
         valid = (expert >= 0) & (expert < num_experts)
         bad += ((expert != -1) & (valid == 0)).to(tl.int32)
         target = tl.where(valid, expert // local_experts, -1)
-        hit = tl.maximum(hit, (target[:, None] == rank[None, :]).to(tl.int32))
-    return hit, bad
+        copies += (target[:, None] == rank[None, :]).to(tl.int32)
+    return copies, bad
 
 
 @triton.jit
 def _count_tokens_kernel(expert_ptr, begin_ptr, tokens, num_experts, local_experts, ranks, K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr):
-    """begin[block, rank]: how many of the block's tokens go to the rank; in column ``ranks``, how many of its ids do not exist."""
+    """begin[block, rank]: how many of the block's tokens go to the rank; column ranks + rank: how many copies; column 2 ranks: ids that do not exist."""
     block = tl.program_id(0)
     token = block * TOKENS + tl.arange(0, TOKENS)
     rank = tl.arange(0, RANKS)
-    hit, bad = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
-    begin_ptr += block.to(tl.int64) * (ranks + 1)
-    tl.store(begin_ptr + rank, tl.sum(hit, axis=0), mask=rank < ranks)
-    tl.store(begin_ptr + ranks, tl.sum(bad, axis=0))
+    copies, bad = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
+    begin_ptr += block.to(tl.int64) * (2 * ranks + 1)
+    tl.store(begin_ptr + rank, tl.sum((copies > 0).to(tl.int32), axis=0), mask=rank < ranks)
+    tl.store(begin_ptr + ranks + rank, tl.sum(copies, axis=0), mask=rank < ranks)
+    tl.store(begin_ptr + 2 * ranks, tl.sum(bad, axis=0))
 
 
 @triton.jit(do_not_specialize=["tag"])
@@ -67,12 +68,14 @@ def _place_tokens_kernel(
     start = tl.cumsum(demand, axis=0) - demand
     if block == 0:
         tl.store(header_ptr + rank, demand, mask=rank < ranks)
-        tl.store(header_ptr + ranks, tl.load(demand_ptr + ranks))
-        tl.store(header_ptr + ranks + 1, num_experts)
-        tl.store(header_ptr + ranks + 2, K)
-        tl.store(header_ptr + ranks + 3, tag)
-    hit, _ = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
-    begin = tl.load(begin_ptr + block.to(tl.int64) * (ranks + 1) + rank, mask=rank < ranks, other=0)
+        tl.store(header_ptr + ranks + rank, tl.load(demand_ptr + ranks + rank, mask=rank < ranks, other=0), mask=rank < ranks)
+        tl.store(header_ptr + 2 * ranks, tl.load(demand_ptr + 2 * ranks))
+        tl.store(header_ptr + 2 * ranks + 1, num_experts)
+        tl.store(header_ptr + 2 * ranks + 2, K)
+        tl.store(header_ptr + 2 * ranks + 3, tag)
+    copies, _ = _hits(expert_ptr, token, rank, tokens, num_experts, local_experts, K, TOKENS, RANKS)
+    hit = (copies > 0).to(tl.int32)
+    begin = tl.load(begin_ptr + block.to(tl.int64) * (2 * ranks + 1) + rank, mask=rank < ranks, other=0)
     row = (start + begin)[None, :] + tl.cumsum(hit, axis=0) - hit
     first = token.to(tl.int64) * C
     column = tl.cumsum(hit, axis=1) - hit
@@ -175,15 +178,15 @@ def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int 
         raise ValueError(f"cannot count tokens for {ranks} ranks: at most {CELLS} are supported")
     size = min(TOKENS, CELLS // lanes)
     blocks = max(1, cdiv(tokens, size))  # the first one also writes the header
-    begin = common.empty((blocks, ranks + 1), torch.int32, device)
-    demand = common.empty((ranks + 1,), torch.int32, device)
+    columns = 2 * ranks + 1
+    begin, demand = common.empty((blocks, columns), torch.int32, device), common.empty((columns,), torch.int32, device)
     destination = common.empty((tokens, min(copies, ranks)), torch.int32, device)
     row_of_copy = common.empty((tokens, copies), torch.int32, device)
-    header = common.empty((ranks + HEADER,), torch.int32, device)
+    header = common.empty((2 * ranks + HEADER,), torch.int32, device)
     numbers = (tokens, num_experts, num_experts // ranks, ranks)
     constants = {"K": copies, "TOKENS": size, "RANKS": lanes, "num_warps": 4}
     launch(_count_tokens_kernel, (blocks,), expert_index, begin, *numbers, **constants)
-    launch(_scan_kernel, (cdiv(ranks + 1, SCAN_EXPERTS),), begin, demand, blocks, ranks + 1, EXPERTS=SCAN_EXPERTS, num_warps=4)
+    launch(_scan_kernel, (cdiv(columns, SCAN_EXPERTS),), begin, demand, blocks, columns, EXPERTS=SCAN_EXPERTS, num_warps=4)
     outputs = (destination, row_of_copy, header)
     constants = {"K": copies, "C": destination.shape[1], "TOKENS": size, "RANKS": lanes, "num_warps": 4}
     launch(_place_tokens_kernel, (blocks,), expert_index, begin, demand, *outputs, *numbers, tag, **constants)

@@ -44,6 +44,9 @@ class Dispatcher(Protocol):
     def dispatch(self, q: ScaledTensor, prob: torch.Tensor | None, plan: Any) -> Dispatched:
         """q: [T, H] of row granularity. prob: [T, K] fp32, None in the backward pass. Returns q [R, H], local ids [R, K] int32 (-1: not here), prob [R, K]."""
 
+    def received_copies(self, plan: Any) -> int:
+        """Copies whose expert is on this rank, or an upper bound: how large the grouped buffer must be. After the forward dispatch; waits for nothing."""
+
     def combine(self, y: torch.Tensor, plan: Any) -> torch.Tensor:
         """y: [R, H] bf16, the sum over the local experts of each received row. Returns [T, H] bf16."""
 
@@ -69,6 +72,9 @@ class Local:
         check_rows(q.payload, plan.shape[0], "q")
         return (q, None, None) if prob is None else (q, plan, prob)
 
+    def received_copies(self, plan: torch.Tensor) -> int:
+        return plan.numel()
+
     def combine(self, y: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
         check_rows(y, plan.shape[0], "y")
         return y
@@ -85,7 +91,7 @@ class Plan:
     expert_index: torch.Tensor
     send: SendMap
     headers: torch.Tensor
-    """[ranks, ranks + 4] int32 on the host: every rank's `SendMap.header`; complete once ``arrived`` is."""
+    """[ranks, 2 ranks + 4] int32 on the host: every rank's `SendMap.header`; complete once ``arrived`` is."""
     arrived: torch.cuda.Event | None
     rank: int
     _splits: tuple[list[int], list[int]] | None = field(default=None, repr=False)
@@ -111,9 +117,15 @@ class Plan:
         """R: rows that this rank receives, its own included."""
         return sum(self.splits[1])
 
+    @property
+    def received_copies(self) -> int:
+        """Copies among them whose expert is on this rank: at least R, at most K R."""
+        _ = self.splits  # waits for the headers and checks them
+        return int(self.headers[:, self.send.ranks + self.rank].sum())
+
 
 def check_headers(headers: torch.Tensor, rank: int) -> None:
-    """Raise if the ranks' headers [ranks, ranks + 4] do not fit together: the same message on every rank, because every rank sees all headers."""
+    """Raise if the ranks' headers [ranks, 2 ranks + 4] do not fit together: the same message on every rank, because every rank sees all headers."""
     bad, num_experts, copies, tag = headers[:, -HEADER:].unbind(1)
     refused = [r for r, t in enumerate(tag.tolist()) if t == REFUSED]
     if refused:
@@ -149,7 +161,7 @@ class AllToAll:
         try:
             send = ops.send_map(expert_index, num_experts, self.size, tag=self._plans)
         except (TypeError, ValueError):
-            self._tell(torch.full((self.size + HEADER,), REFUSED, dtype=torch.int32, device=expert_index.device))  # the others wait for this rank's header
+            self._tell(torch.full((2 * self.size + HEADER,), REFUSED, dtype=torch.int32, device=expert_index.device))  # the others wait for this rank's header
             raise
         headers = self._tell(send.header)
         if not headers.is_cuda:
@@ -171,6 +183,9 @@ class AllToAll:
         packed = ops.pack_rows(q, plan.send, sum(sent), None if prob is None else plan.expert_index, prob)
         return ops.unpack_rows(self._exchange(packed, sent, received), layout, q.payload.dtype)
 
+    def received_copies(self, plan: Plan) -> int:
+        return plan.received_copies
+
     @torch.no_grad()
     def combine(self, y: torch.Tensor, plan: Plan) -> torch.Tensor:
         sent, received = plan.splits
@@ -187,7 +202,7 @@ class AllToAll:
         return ops.copies_of_sent(back.view(dprob.dtype), plan.send)
 
     def _tell(self, header: torch.Tensor) -> torch.Tensor:
-        """Every rank's header, [ranks, ranks + 4]."""
+        """Every rank's header, [ranks, 2 ranks + 4]."""
         headers = header.new_empty(self.size, header.numel())
         self._collective(dist.all_gather_into_tensor, headers.view(-1), header)
         return headers
@@ -225,11 +240,13 @@ def raise_disagreement(everyone: list[dict[str, object]]) -> NoReturn:
 
 @dataclass
 class DeepEPPlan:
-    """expert_index: [T, K] int64, dropped copies -1. handle: what the library remembers of the forward dispatch, with which everything else travels."""
+    """expert_index: [T, K] int64, dropped copies -1. handle: what the library remembers of the forward dispatch, with which everything else travels.
+    copies: for this rank's experts, known after that dispatch."""
 
     expert_index: torch.Tensor
     num_experts: int
     handle: Any = None
+    copies: int = 0
 
 
 class DeepEP:
@@ -267,7 +284,7 @@ class DeepEP:
             received = buffer.dispatch(x, handle=plan.handle)[0]
         else:
             per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(plan.expert_index, plan.num_experts)
-            received, index, weight, _, plan.handle, _ = buffer.dispatch(
+            received, index, weight, copies, plan.handle, _ = buffer.dispatch(
                 x,
                 topk_idx=plan.expert_index,
                 topk_weights=prob,
@@ -276,9 +293,12 @@ class DeepEP:
                 is_token_in_rank=in_rank,
                 num_tokens_per_expert=per_expert,
             )
-            index = index.int()
+            index, plan.copies = index.int(), sum(copies)
         payload, words = received
         return from_scale_words(payload.view(q.payload.dtype), words, q.tile_exponent is not None), index, weight
+
+    def received_copies(self, plan: DeepEPPlan) -> int:
+        return plan.copies
 
     @torch.no_grad()
     def combine(self, y: torch.Tensor, plan: DeepEPPlan) -> torch.Tensor:

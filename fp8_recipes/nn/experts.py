@@ -172,7 +172,7 @@ class _Experts(torch.autograd.Function):
         w1_row = w1.row()  # launched before the dispatcher has to wait for its counts
         q, index, arrived_prob = dispatcher.dispatch(q, prob.detach(), plan)
         assert index is not None
-        row_map = ops.route_map(index, experts)
+        row_map = ops.route_map(index, experts, ops.rows_for(dispatcher.received_copies(plan), experts))
         rows, row_prob = ops.gather_rows(q, row_map, arrived_prob)
         h = ops.grouped_gemm(rows, w1_row, row_map.block_expert)  # [rows, H] @ [H, 2F]
         del rows, w1_row

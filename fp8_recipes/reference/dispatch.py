@@ -15,7 +15,7 @@ from ..tensor import ScaledTensor
 from .permute import VECTOR, check_columns, sum_rows
 
 HEADER = 4
-"""What follows the counts in `SendMap.header`: how many ids do not exist, num_experts, K, and the caller's tag."""
+"""What follows the two counts per rank in `SendMap.header`: how many ids do not exist, num_experts, K, and the caller's tag."""
 MAX_LOCAL_EXPERTS = 2**15 - 1
 """An expert's id travels in 16 bits."""
 
@@ -26,7 +26,8 @@ class SendMap:
 
     destination: [T, C], C = min(K, ranks): the rows of a token, one per rank it goes to, in the order of the ranks; -1 behind the last.
     row_of_copy: [T, K], the row that carries this copy, -1 = dropped. Copies for one rank share a row.
-    header: [ranks + 4]: rows for each rank, number of ids outside -1 .. num_experts - 1, num_experts, K, tag. What the ranks tell each other.
+    header: [2 ranks + 4]: rows for each rank, copies for each rank (those whose expert is there), number of ids outside -1 .. num_experts - 1, num_experts, K,
+        tag. What the ranks tell each other.
     num_experts, ranks: of the whole group; every rank holds num_experts / ranks of them, in order.
     """
 
@@ -125,7 +126,8 @@ def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int 
     destination = torch.where(hit > 0, row, behind).sort(dim=1).values[:, : min(expert.shape[1], ranks)]
     destination = torch.where(destination < behind, destination, -1)
     bad = (~valid & (expert != -1)).sum()
-    header = torch.cat((counts, bad[None], counts.new_tensor((num_experts, expert.shape[1], tag))))
+    copies = (rank[:, :, None] == torch.arange(ranks, device=expert.device)).sum((0, 1))
+    header = torch.cat((counts, copies, bad[None], counts.new_tensor((num_experts, expert.shape[1], tag))))
     return SendMap(destination.int().contiguous(), row_of_copy.int(), header.int(), num_experts, ranks)
 
 
