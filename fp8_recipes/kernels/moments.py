@@ -18,13 +18,15 @@ from ..formats import E4M3, Format
 from ..reference.moments import FIELDS, NO_EXPONENT, SUMS, WIDTH, check_moments, neutral
 from ..tensor import ScaledTensor
 from . import common
-from .common import check_device, decode, finite_or_nan, is_e5m2, next_power_of_2, pow2, to_fp32
+from .common import check_device, decode, finite_or_nan, is_e5m2, pow2, to_fp32
 from .launch import launch
 
-PROGRAMS = 1056
-"""Eight for each of 132 multiprocessors."""
-MAX_BLOCK = 4096
-"""Columns read at a time; the packed counts allow up to 8192."""
+PROGRAMS = 16 * 132
+"""Sixteen for each multiprocessor: few registers, no barriers, many loads in flight."""
+BLOCK = 1024
+"""Columns read at a time; the packed counts allow up to 16384."""
+WARPS = 1
+"""One warp reduces by shuffles alone. scripts/bench_metrics.py sweeps all three."""
 _USED = tl.constexpr(len(FIELDS))
 _SUMS = tl.constexpr(SUMS)
 _WIDTH = tl.constexpr(WIDTH)
@@ -87,7 +89,7 @@ def _moments_kernel(
             row_exponent = (scale.to(tl.int32, bitcast=True) >> 23) - 127
         s2, s4, row_amax = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
         exponent = tl.full((), -126, tl.int32)
-        alive = none
+        row_nonzero, row_flushed = none, none
         for first in range(0, cols, BLOCK):
             column = first + tl.arange(0, BLOCK)
             mask = column < cols
@@ -100,25 +102,27 @@ def _moments_kernel(
             s2, s4, exponent, largest = _row_sums(s2, s4, exponent, v)
             row_amax = tl.maximum(row_amax, largest)
             counted = finite & mask & (v != 0.0) if X else finite & mask
-            # Four counts of at most BLOCK each in one sum, 15 bits apart.
-            packed = (~finite & mask).to(tl.int64) | (counted.to(tl.int64) << 15)
+            counts = tl.sum((~finite & mask).to(tl.int32) | (counted.to(tl.int32) << 16), axis=0)  # two counts of at most BLOCK in one sum
+            nonfinite += counts & 0xFFFF
+            row_nonzero += counts >> 16
             if PAYLOAD:
-                packed |= (counted & (p == 0.0)).to(tl.int64) << 30
+                lost = counted & (p == 0.0)
             elif SCALE:
-                packed |= (counted & (tl.abs(v) <= half_subnormal * scale)).to(tl.int64) << 30
-            if X and SCALE:
-                packed |= (tl.abs(v) > format_max * scale).to(tl.int64) << 45
-            counts = tl.sum(packed, axis=0)
-            nonfinite += counts & 0x7FFF
-            nonzero += (counts >> 15) & 0x7FFF
-            flushed += (counts >> 30) & 0x7FFF
-            saturated += counts >> 45
-            alive += ((counts >> 15) & 0x7FFF) - (((counts >> 30) & 0x7FFF) if PAYLOAD else 0)
+                lost = counted & (tl.abs(v) <= half_subnormal * scale)
+            if SCALE:
+                above = tl.abs(v) > format_max * scale if X else lost & False
+                counts = tl.sum(lost.to(tl.int32) | (above.to(tl.int32) << 16), axis=0)
+                row_flushed += counts & 0xFFFF
+                saturated += counts >> 16
             if FOLD:
                 target = tl.load(target_ptr + column // 128, mask=mask, other=127).to(tl.int32) - 127
                 shift = tl.minimum(tl.maximum(row_exponent - target, -126), 127)
                 gone = (tl.abs(p) > 0.0) & (tl.abs(p) * pow2(shift) <= half_subnormal)
                 fold_flushed += tl.sum(gone.to(tl.int32), axis=0)
+        alive = row_nonzero > row_flushed if PAYLOAD else row_nonzero > 0
+        if X or alive:  # without a source, a row of zero payloads says nothing about flushes
+            nonzero += row_nonzero
+            flushed += row_flushed
         unit = pow2(exponent).to(tl.float64)
         if PAYLOAD and not X:  # the sums so far are of payloads
             unit *= scale.to(tl.float64)
@@ -134,7 +138,7 @@ def _moments_kernel(
         elif s2 > 0.0:
             tokens += 1.0
             kurtosis += cols * (s4.to(tl.float64) / (s2.to(tl.float64) * s2.to(tl.float64)))
-        if SCALE and alive > 0:
+        if SCALE and alive:
             high = tl.maximum(high, row_exponent)
             low = tl.maximum(low, -row_exponent)
     partial_ptr += tl.program_id(0) * _WIDTH
@@ -215,8 +219,8 @@ def moments(
         FOLD=folds,
         ROW_SUMS=row_sums is not None,
         E5M2=is_e5m2(fmt if q is None else q.format),
-        BLOCK=max(1024, min(next_power_of_2(cols), MAX_BLOCK)),
-        num_warps=4,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
     launch(_add_partials_kernel, (1,), partial, result, programs, rows * cols, BLOCK=64, num_warps=4)
     return result

@@ -24,7 +24,7 @@ FIELDS = (
     "sum2",
     "sum4",
     "nonfinite",
-    "nonzero",  # finite non-zero elements; without a source, all elements whose payload is not NaN
+    "nonzero",  # finite non-zero elements; without a source, all elements whose payload is not NaN, in rows that hold a non-zero payload
     "flushed",  # of those, payload zero; without a source this counts exact zeros too and is an upper bound
     "saturated",  # finite elements above max(format) * scale; 0 without a source
     "fold_flushed",  # non-zero payloads that the fold to column blocks turns into zero
@@ -112,16 +112,16 @@ def moments(
         row_sums.copy_(torch.stack((sum2, sum4), dim=1))
     result[2] = rows * cols
     result[3], result[4], result[5] = sum2.sum(), sum4.sum(), (~finite).sum()
-    nonzero = finite & (values != 0) if x is not None else finite
+    nonzero = finite & (values != 0) if x is not None else finite & (sum2 > 0)[:, None]
     result[6] = nonzero.sum()
     result[SUMS] = values.abs().amax()
     if q is not None:
         _count_quantised(result, values if x is not None else None, nonzero, q, fold)
     elif scale is not None:
-        s = (scale if scale.dim() == 0 else scale[:, None]).double()
+        s = scale if scale.dim() == 0 else scale[:, None]  # thresholds in fp32, as the cast computes them
         result[7] = (nonzero & (values.abs() <= 0.5 * fmt.min_subnormal * s)).sum()
         result[8] = (values.abs() > fmt.max * s).sum()
-        _scale_range(result, exponent_of(scale if scale.dim() == 0 else scale[:, None]), nonzero)
+        _scale_range(result, exponent_of(s), nonzero)
     return result if out is None else out.copy_(merge(out, result))
 
 

@@ -92,12 +92,12 @@ def moments_cases() -> list[tuple[str, str, dict, dict, int]]:
         for x, payload, scale, fold, loads in (
             (True, False, False, False, 4),
             (True, False, True, False, 4),
-            (True, True, True, True, 4),
-            (False, True, True, True, 1),
+            (True, True, True, True, 6),
+            (False, True, True, True, 2),
         ):
-            kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "ROW_SUMS": False, "E5M2": e5m2, "BLOCK": 4096}
+            kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "ROW_SUMS": False, "E5M2": e5m2, "BLOCK": 1024, "num_warps": 1}
             found.append(("moments", "_moments_kernel", kind, doubles, loads))
-    found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True, "BLOCK": 1024}, doubles, 1))
+    found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True}, doubles, 6))
     found.append(("moments", "_add_partials_kernel", {"BLOCK": 64}, doubles, 0))
     return found
 
