@@ -86,7 +86,7 @@ def run_case(dispatcher: Any, case: str, rank: int, world: int, device: torch.de
     if isinstance(dispatcher, AllToAll):
         results["splits"] = torch.tensor(plan.splits)
         assert plan.received_rows == received.shape[0] and plan.sent_rows == sum(plan.splits[0])
-    return {name: None if t is None else t.cpu() for name, t in results.items()}
+    return {name: None if t is None else t.cpu().clone(memory_format=torch.contiguous_format) for name, t in results.items()}
 
 
 def experts_through(dispatcher: Any, given: SimpleNamespace, device: torch.device, first: int, local: int) -> torch.Tensor:

@@ -3,8 +3,9 @@
 send_map counts in three launches, as route_map does: tokens of each block for each rank, where each block's tokens begin within their rank, every token's
 rows. No atomics, so a rank's rows are in the order of the tokens.
 
-pack_rows reads each token once and writes it once per rank it goes to, payload, scale, tile exponents, probabilities and local ids in one launch;
-unpack_rows reads each received row once. Rows start on 16 bytes and the payload comes first, so nearly everything moves 16 bytes per thread.
+pack_rows reads each token once and writes it once per rank it goes to, payload, scale, tile exponents, probabilities and local ids in one launch. Rows start
+on 16 bytes and the payload comes first, so nearly everything moves 16 bytes per thread. Unpacking moves ids and probabilities only: gather_rows, which sorts
+the received rows by expert, reads payload, scales and tile exponents where they arrived.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.dispatch import HEADER, RowLayout, SendMap, check_pack, check_send, check_sent, check_unpack
+from ..reference.dispatch import HEADER, RowLayout, SendMap, check_pack, check_send, check_sent, received_view
 from ..tensor import ScaledTensor
 from . import common
 from .common import cdiv, check_device, next_power_of_2
@@ -135,29 +136,14 @@ def _pack_rows_kernel(
 
 
 @triton.jit
-def _unpack_rows_kernel(
-    in_ptr, half_ptr, byte_ptr, payload_ptr, scale_ptr, tile_ptr, prob_ptr, expert_ptr, quads, row_quads, tiles,
-    K: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """One received row; in, half, byte: the receive buffer as int32, int16 and bytes."""
-    words = quads * 4
-    row = tl.program_id(0).to(tl.int64)
-    in_ptr += row * (row_quads * 4)
-    for first in range(0, words, BLOCK):
-        word = first + tl.arange(0, BLOCK)
-        tl.store(payload_ptr + row * words + word, tl.load(in_ptr + word, mask=word < words, other=0), mask=word < words)
-    tl.store(scale_ptr + row, tl.load(in_ptr + words))
-    id_at = words * 4 + 4 + 4 * K
-    tile_at = id_at + 2 * K
-    if K:
-        lane = tl.arange(0, LANES)
-        tl.store(prob_ptr + row * K + lane, tl.load(in_ptr + words + 1 + lane, mask=lane < K), mask=lane < K)
-        local = tl.load(half_ptr + row * (row_quads * 8) + id_at // 2 + lane, mask=lane < K)
-        tl.store(expert_ptr + row * K + lane, local.to(tl.int32), mask=lane < K)
-    if TILES:
-        tile = tl.arange(0, TILES)
-        exponent = tl.load(byte_ptr + row * (row_quads * 16) + tile_at + tile, mask=tile < tiles)
-        tl.store(tile_ptr + row * tiles + tile, exponent, mask=tile < tiles)
+def _unpack_routing_kernel(word_ptr, half_ptr, prob_ptr, expert_ptr, copies, row_quads, prob_at, id_at, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Probabilities and ids of received rows; word, half: the buffer as int32 and int16."""
+    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = (copy // K).to(tl.int64)
+    prob = tl.load(word_ptr + row * (row_quads * 4) + prob_at // 4 + copy % K, mask=copy < copies)
+    tl.store(prob_ptr + copy, prob, mask=copy < copies)
+    local = tl.load(half_ptr + row * (row_quads * 8) + id_at // 2 + copy % K, mask=copy < copies)
+    tl.store(expert_ptr + copy, local.to(tl.int32), mask=copy < copies)
 
 
 @triton.jit
@@ -193,13 +179,6 @@ def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int 
     return SendMap(*outputs, num_experts, ranks)
 
 
-def _row_constants(layout: RowLayout) -> dict[str, int]:
-    """Constants that packing and unpacking share."""
-    block = min(next_power_of_2(layout.cols // 4), 4096)
-    lanes, tiles = next_power_of_2(max(1, layout.copies)), next_power_of_2(layout.tiles) if layout.tiles else 0
-    return {"K": layout.copies, "LANES": lanes, "BLOCK": block, "TILES": tiles, "num_warps": max(1, min(8, block // (32 * WORDS_PER_THREAD)))}
-
-
 def pack_rows(
     q: ScaledTensor, send: SendMap, rows: int, expert_index: torch.Tensor | None = None, prob: torch.Tensor | None = None
 ) -> torch.Tensor:  # fmt: skip
@@ -210,6 +189,7 @@ def pack_rows(
     if rows == 0:
         return out
     words = out.view(torch.int32)  # also stands for an absent array, which is never touched
+    block = min(next_power_of_2(layout.cols // 4), 4096)
     launch(
         _pack_rows_kernel,
         (send.tokens,),
@@ -228,40 +208,42 @@ def pack_rows(
         layout.tiles,
         send.local_experts,
         layout.used,
+        K=layout.copies,
+        LANES=next_power_of_2(max(1, layout.copies)),
         C=send.destination.shape[1],
-        **_row_constants(layout),
+        BLOCK=block,
+        TILES=next_power_of_2(layout.tiles) if layout.tiles else 0,
+        num_warps=max(1, min(8, block // (32 * WORDS_PER_THREAD))),
     )
     return out
 
 
 def unpack_rows(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]:
-    """Kernel twin of `fp8_recipes.reference.unpack_rows`: one launch."""
-    check_unpack(buffer, layout)
+    """Kernel twin of `fp8_recipes.reference.unpack_rows`: one launch for ids and probabilities; the rest stays in the buffer."""
+    q = received_view(buffer, layout, dtype)
     check_device(buffer, "buffer")
-    rows, device = buffer.shape[0], buffer.device
-    payload = common.empty((rows, layout.cols), dtype, device)
-    scale = common.empty((rows,), torch.float32, device)
-    tiles = common.empty((rows, layout.tiles), torch.uint8, device) if layout.tiles else None
-    prob = common.empty((rows, layout.copies), torch.float32, device) if layout.copies else None
-    expert = common.empty((rows, layout.copies), torch.int32, device) if layout.copies else None
-    if rows:
+    if not layout.copies:
+        return q, None, None
+    shape = (buffer.shape[0], layout.copies)
+    prob, expert = common.empty(shape, torch.float32, buffer.device), common.empty(shape, torch.int32, buffer.device)
+    copies = prob.numel()
+    if copies:
         launch(
-            _unpack_rows_kernel,
-            (rows,),
+            _unpack_routing_kernel,
+            (cdiv(copies, COPIES_PER_PROGRAM),),
             buffer.view(torch.int32),
             buffer.view(torch.int16),
-            buffer,
-            payload.view(torch.int32),
-            scale.view(torch.int32),
-            buffer if tiles is None else tiles,
-            scale.view(torch.int32) if prob is None else prob.view(torch.int32),
-            scale.view(torch.int32) if expert is None else expert,
-            layout.cols // 16,
+            prob.view(torch.int32),
+            expert,
+            copies,
             layout.nbytes // 16,
-            layout.tiles,
-            **_row_constants(layout),
+            layout.prob_at,
+            layout.id_at,
+            K=layout.copies,
+            BLOCK=COPIES_PER_PROGRAM,
+            num_warps=4,
         )
-    return ScaledTensor(payload, scale, "row", tile_exponent=tiles), expert, prob
+    return q, expert, prob
 
 
 def combine_sent(y: torch.Tensor, send: SendMap) -> torch.Tensor:

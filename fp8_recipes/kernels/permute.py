@@ -156,15 +156,19 @@ def _gather_rows_kernel(
     destination_ptr,
     rows,
     quads,
+    x_quads,
     scales,
+    scale_stride,
     tiles,
+    tile_stride,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
     TILES: tl.constexpr,
     PROB: tl.constexpr,
 ):
-    """x in int32 words, four times ``quads`` per row; scales and probabilities as int32, tile exponents as bytes. SCALES, TILES: 0 = there are none."""
+    """x in int32 words, four times ``quads`` per row, rows four times ``x_quads`` apart; scales and probabilities as int32, tile exponents as bytes, their
+    rows ``scale_stride`` and ``tile_stride`` apart. SCALES, TILES: 0 = there are none."""
     words = quads * 4
     padding_programs = rows // PAD_ROWS
     program = tl.program_id(0)
@@ -175,19 +179,19 @@ def _gather_rows_kernel(
         destination_ptr += token * K
         for first in range(0, words, BLOCK):
             word = first + tl.arange(0, BLOCK)
-            value = tl.load(x_ptr + token * words + word, mask=word < words, other=0)
+            value = tl.load(x_ptr + token * (x_quads * 4) + word, mask=word < words, other=0)
             for k in tl.static_range(K):
                 row = tl.load(destination_ptr + k).to(tl.int64)
                 tl.store(out_ptr + row * words + word, value, mask=(word < words) & (row >= 0))
         if SCALES:
             group = tl.arange(0, SCALES)
-            scale = tl.load(scale_ptr + token * scales + group, mask=group < scales, other=0)
+            scale = tl.load(scale_ptr + token * scale_stride + group, mask=group < scales, other=0)
             for k in tl.static_range(K):
                 row = tl.load(destination_ptr + k).to(tl.int64)
                 tl.store(scale_out_ptr + row * scales + group, scale, mask=(group < scales) & (row >= 0))
         if TILES:
             tile = tl.arange(0, TILES)
-            exponent = tl.load(tile_ptr + token * tiles + tile, mask=tile < tiles, other=0)
+            exponent = tl.load(tile_ptr + token * tile_stride + tile, mask=tile < tiles, other=0)
             for k in tl.static_range(K):
                 row = tl.load(destination_ptr + k).to(tl.int64)
                 tl.store(tile_out_ptr + row * tiles + tile, exponent, mask=(tile < tiles) & (row >= 0))
@@ -296,8 +300,11 @@ def gather_rows(
         row_map.destination,
         rows,
         quads,
+        words.stride(0) // 4,
         scales,
+        0 if scale is None else scale.stride(0),
         tile_count,
+        0 if tiles is None else tiles.stride(0),
         K=row_map.copies_per_token,
         BLOCK=block,
         SCALES=scale_lanes,

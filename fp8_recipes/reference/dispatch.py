@@ -179,19 +179,22 @@ def check_unpack(buffer: torch.Tensor, layout: RowLayout) -> None:
 def unpack_rows(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> tuple[ScaledTensor, torch.Tensor | None, torch.Tensor | None]:
     """Received rows [R, layout.nbytes] uint8 -> (q [R, cols] of row granularity, local expert ids [R, K] int32, prob [R, K] fp32).
 
-    dtype: of the payload. Ids and prob are None where the layout has none.
+    dtype: of the payload. q stays where it is: its tensors are views of the buffer, which `gather_rows` takes. Ids and prob are copied; None where the layout
+    has none.
     """
-    check_unpack(buffer, layout)
-
-    def part(begin: int, end: int, kind: torch.dtype) -> torch.Tensor:
-        return buffer[:, begin:end].clone(memory_format=torch.contiguous_format).view(kind)
-
-    payload = part(0, layout.cols, torch.uint8).view(dtype)
-    tiles = part(layout.tile_at, layout.used, torch.uint8) if layout.tiles else None
-    q = ScaledTensor(payload, part(layout.cols, layout.prob_at, torch.float32).view(-1), "row", tile_exponent=tiles)
+    q = received_view(buffer, layout, dtype)
     if not layout.copies:
         return q, None, None
-    return q, part(layout.id_at, layout.tile_at, torch.int16).int(), part(layout.prob_at, layout.id_at, torch.float32)
+    ids, prob = buffer[:, layout.id_at : layout.tile_at], buffer[:, layout.prob_at : layout.id_at]
+    return q, ids.view(torch.int16).int().contiguous(), prob.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+def received_view(buffer: torch.Tensor, layout: RowLayout, dtype: torch.dtype) -> ScaledTensor:
+    """Payload, scales and tile exponents of received rows, as views."""
+    check_unpack(buffer, layout)
+    scale = buffer[:, layout.cols : layout.prob_at].view(torch.float32)[:, 0]
+    tiles = buffer[:, layout.tile_at : layout.used] if layout.tiles else None
+    return ScaledTensor(buffer[:, : layout.cols].view(dtype), scale, "row", tile_exponent=tiles)
 
 
 def check_sent(values: torch.Tensor, send: SendMap, dtype: torch.dtype) -> None:

@@ -116,17 +116,25 @@ def check_gather(x: torch.Tensor | ScaledTensor, row_map: RowMap, prob: torch.Te
         if x.granularity not in ("row", "tile"):
             raise ValueError(f"cannot gather rows of a {x.granularity} payload: its scales are not per row; quantise at 'row' or 'tile' granularity")
         payload = x.payload
-        held = {"payload": x.payload, "scale": x.scale, "tile_exponent": x.tile_exponent}
-        for name, t in held.items():
-            if t is not None and not t.is_contiguous():
-                raise ValueError(f"{name} of strides {t.stride()} is not contiguous; call .contiguous()")
+        check_row_strides(x)
     assert isinstance(payload, torch.Tensor)
     if payload.dim() != 2 or payload.shape[0] != row_map.tokens:
         raise ValueError(f"the map is of {row_map.tokens} tokens, so x must be [{row_map.tokens}, cols]; got shape {tuple(payload.shape)}")
-    check_columns(payload, "x")
+    if payload is x:
+        check_columns(payload, "x")
     if prob is not None and (prob.shape != row_map.destination.shape or prob.dtype != torch.float32 or not prob.is_contiguous()):
         raise ValueError(f"prob must be contiguous fp32 {tuple(row_map.destination.shape)}, got {prob.dtype} {tuple(prob.shape)} with strides {prob.stride()}")
     return payload
+
+
+def check_row_strides(q: ScaledTensor) -> None:
+    """Raise unless every row of ``q`` is contiguous and its payload starts on 16 bytes. Rows may be apart, as those that arrived over the wire are."""
+    for name, t in {"payload": q.payload, "scale": q.scale, "tile_exponent": q.tile_exponent}.items():
+        if t is not None and t.dim() == 2 and t.stride(1) != 1:
+            raise ValueError(f"{name} of strides {t.stride()} has no contiguous rows; call .contiguous()")
+    cols, stride, start = q.payload.shape[1], q.payload.stride(0), q.payload.storage_offset()
+    if cols == 0 or cols % VECTOR or stride % VECTOR or start % VECTOR:
+        raise ValueError(f"payload must have a multiple of {VECTOR} columns, rows {VECTOR} bytes aligned; got {cols} columns, strides {q.payload.stride()}")
 
 
 def check_columns(x: torch.Tensor, name: str) -> None:
@@ -140,7 +148,8 @@ def gather_rows(
 ) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor | None]:
     """Every token's row to the rows of its copies; the gradient of `combine_rows`.
 
-    x: [T, H], a tensor or a `ScaledTensor` of row or tile granularity; H a multiple of 16. prob: [T, K] fp32.
+    x: [T, H], a tensor or a `ScaledTensor` of row or tile granularity; H a multiple of 16. The rows of a `ScaledTensor` may be views of a buffer of received
+    rows (`unpack_rows`), which are then read where they lie. prob: [T, K] fp32.
     Returns (x in the grouped buffer [rows, H], prob [rows] fp32 or None). A padding row is exactly zero: payload 0, scale 2**-126, tile exponent 1, prob 0.
     """
     check_gather(x, row_map, prob)

@@ -132,7 +132,7 @@ def dispatch_cases() -> list[tuple[str, str, dict, dict, int]]:
     for k, c, block, warps in ((6, 2, 512, 2), (8, 8, 2048, 8), (0, 8, 2048, 8)):
         rows = {"K": k, "LANES": 8, "BLOCK": block, "TILES": 64, "num_warps": warps}
         found.append(("dispatch", "_pack_rows_kernel", {**rows, "C": c}, types, 1))
-        found.append(("dispatch", "_unpack_rows_kernel", rows, types, 1))
+    found.append(("dispatch", "_unpack_routing_kernel", {"K": 6, "BLOCK": 1024}, types | {"word_ptr": "*i32"}, 0))
     found.append(("dispatch", "_copies_of_sent_kernel", {"K": 6, "BLOCK": 1024}, {"value_ptr": "*fp32", "row_of_copy_ptr": "*i32", "out_ptr": "*fp32"}, 0))
     return found
 

@@ -11,7 +11,7 @@ from data import nasty
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
+from fp8_recipes.kernels import combine_sent, copies_of_sent, gather_rows, pack_rows, send_map, unpack_rows
 from fp8_recipes.reference import SendMap
 from fp8_recipes.reference.dispatch import row_layout
 from fp8_recipes.tensor import ScaledTensor
@@ -94,6 +94,21 @@ def test_pack_and_unpack(device, cols, k, ranks, fmt):
             assert (actual is None) == (wanted is None)
             if wanted is not None:
                 assert_bitwise(actual, wanted, name)
+
+
+def test_received_rows_are_gathered_where_they_lie(device):
+    q, prob, index, send, rows = case(device, 144, 3, 2)
+    layout = row_layout(q, 3)
+    buffer = pack_rows(q, send, rows, index, prob)
+    received, ids, arrived = unpack_rows(buffer, layout, q.payload.dtype)
+    assert received.payload.data_ptr() == buffer.data_ptr() and received.payload.stride(0) == layout.nbytes > 144
+    row_map = reference.route_map(ids.clamp(max=3), 4)
+    apart = ScaledTensor(received.payload.contiguous(), received.scale.contiguous(), "row", tile_exponent=received.tile_exponent.contiguous())
+    expected, expected_prob = reference.gather_rows(apart, row_map, arrived)
+    for gather in (reference.gather_rows, gather_rows):
+        actual, actual_prob = gather(received, row_map, arrived)
+        assert_bitwise(actual, expected)
+        assert_bitwise(actual_prob, expected_prob, "prob")
 
 
 def test_pack_without_tile_exponents(device):
