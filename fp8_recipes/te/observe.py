@@ -42,7 +42,7 @@ def _after_forward(name: str, hooks: MonitorHooks, module: Any, args: tuple[Any,
         _delayed(name, hooks, module, first_tensor((*args, *kwargs.values())))
 
 
-def _report(hooks: MonitorHooks, name: str, tensor_type: str, x: torch.Tensor, q: Any) -> None:
+def _report(hooks: MonitorHooks, name: str, tensor_type: str, x: torch.Tensor | None, q: Any) -> None:
     hooks.observe(name, "grad" if tensor_type == "grad_output" else tensor_type, x, q)
 
 

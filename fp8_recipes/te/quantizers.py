@@ -138,8 +138,9 @@ class FP8Quantizer(Quantizer):
         self.tensor_type = tensor_type
         self.needs_bias_gradient = False
         """Set by the shims on LayerNormMLP's quantizers: does the layer add a bias before its activation?"""
-        self.observer: Callable[[str, torch.Tensor, ScaledTensor], None] | None = None
-        """``observer(tensor_type, x, q)`` sees every input and output gradient beside its quantised form (`te.observe`)."""
+        self.observer: Callable[[str, torch.Tensor | None, ScaledTensor], None] | None = None
+        """``observer(tensor_type, x, q)`` sees every input and output gradient beside its quantised form; x is None where a fused kernel made q
+        (`te.observe`)."""
 
     def copy(self) -> FP8Quantizer:
         return copy.copy(self)
@@ -197,4 +198,6 @@ class FP8Quantizer(Quantizer):
         """Gradient of `swiglu` [..., 2F], quantised in the same kernel."""
         r, fold = self.recipe, None if self.recipe.grad_granularity == "row" else "row"
         q = ops.swiglu_backward_quantize(dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1]), r.grad_granularity, r.grad_format, fold=fold)
+        if self.observer is not None:
+            self.observer(self.tensor_type, None, q)
         return QuantizedActivation(q, self, h.shape, dy.dtype)
