@@ -1,0 +1,52 @@
+"""What the processes of test_moe_ranks.py run: one MoE layer over ranks, every case, results handed back as files. No tests in here."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from moe_cases import Case, Results, case, flow, results, top_k
+
+from fp8_recipes.nn.dispatch import AllToAll
+
+EXPERTS, K = 8, 3
+SPLITS = {"usual": 55, "no tokens on rank 1": 90, "all tokens to rank 1": 40, "one expert for all": 45}
+"""Tokens of rank 0, of 90."""
+SAVED = {"usual": ("activation", "h", "input")}
+
+
+def whole(name: str) -> Case:
+    """The tokens of all ranks, one after the other."""
+    index = top_k(90, K, EXPERTS)
+    index[::7, 1] = -1
+    if name == "all tokens to rank 1":
+        index = torch.where(index < 0, index, index % 4 + 4)
+    if name == "one expert for all":
+        index = torch.full((90, 1), 6)
+    return case(index, EXPERTS)
+
+
+def part(c: Case, name: str, rank: int, world: int) -> Case:
+    """What rank holds: its tokens, its experts."""
+    begin, end = (0, SPLITS[name]) if rank == 0 else (SPLITS[name], 90)
+    local = EXPERTS // world
+    mine = slice(rank * local, (rank + 1) * local)
+    return Case(c.x[begin:end], c.index[begin:end], c.prob[begin:end], c.w1[mine], c.w2[mine], c.dy[begin:end])
+
+
+def work(rank: int, world: int, backend: str, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    device = "cpu" if backend == "gloo" else f"cuda:{rank}"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dispatcher, found = AllToAll(), dict[str, Results]()
+    for name in SPLITS:
+        for saved in SAVED.get(name, ("h",)):
+            mine = part(whole(name), name, rank, world).to(device)
+            got = results(mine, flow(f"fp8_flow_moe:moe_saved={saved}", dispatcher=dispatcher, num_experts=EXPERTS))
+            found[f"{name}, {saved}"] = {key: t.cpu() for key, t in got.items()}
+    torch.save(found, f"{out}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

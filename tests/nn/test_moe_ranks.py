@@ -1,0 +1,40 @@
+"""A mixture-of-experts layer whose experts are spread over two processes, against the same layer on one."""
+
+from __future__ import annotations
+
+import dispatch_worker
+import moe_worker
+import pytest
+import torch
+from assertions import assert_bitwise, assert_snr
+from moe_cases import Results, flow, results
+
+RUNS: dict[str, list[dict[str, Results]]] = {}
+
+
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Results]]]:
+    """(device, what each rank handed back)."""
+    backend = request.param
+    if backend not in RUNS:
+        RUNS[backend] = []
+        out = tmp_path_factory.mktemp(backend)
+        dispatch_worker.spawn(moe_worker.work, 2, backend, str(out / "store"), str(out))
+        RUNS[backend] = [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    if not RUNS[backend]:
+        pytest.fail(f"the run over two ranks ({backend}) failed in an earlier test")
+    return "cpu" if backend == "gloo" else "cuda", RUNS[backend]
+
+
+@pytest.mark.parametrize("name", [f"{name}, {saved}" for name in moe_worker.SPLITS for saved in moe_worker.SAVED.get(name, ("h",))])
+def test_two_ranks_equal_one(ranks: tuple[str, list[dict[str, Results]]], name: str) -> None:
+    device, found = ranks
+    got, (label, saved) = [one[name] for one in found], name.rsplit(", ", 1)
+    want = results(moe_worker.whole(label).to(device), flow(f"fp8_flow_moe:moe_saved={saved}"))
+    # Each expert sees the same rows in the same order: same bits. A token's copies are added up on each rank by itself, so bf16 rounds once more.
+    for key in ("dprob", "dw1", "dw2"):
+        assert_bitwise(torch.cat([one[key] for one in got]), want[key].cpu(), key)
+    for key in ("y", "dx"):
+        assert_snr(want[key].cpu(), torch.cat([one[key] for one in got]), 48.0, key)
+        if label in ("all tokens to rank 1", "one expert for all"):
+            assert_bitwise(torch.cat([one[key] for one in got]), want[key].cpu(), key)
