@@ -33,7 +33,7 @@ def on_cpu():
         yield
 
 
-def initialise(rank: int = 0, world: int = 1, store: str = "", expert_parallel: int = 1) -> None:
+def initialise(rank: int = 0, world: int = 1, store: str = "", expert_parallel: int = 1, tensor_parallel: int = 1) -> None:
     """torch.distributed over gloo, Megatron's process groups, our shims. ``store``: a file that all ranks share."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -44,7 +44,8 @@ def initialise(rank: int = 0, world: int = 1, store: str = "", expert_parallel: 
     shims.install()
     kind = torch.distributed.FileStore(store, world) if store else torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, store=kind)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1)
+    sizes = {"tensor_model_parallel_size": tensor_parallel, "expert_model_parallel_size": expert_parallel, "expert_tensor_parallel_size": 1}
+    parallel_state.initialize_model_parallel(**sizes)
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # built with every layer, used by none
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -367,37 +368,41 @@ def test_graph_parts_are_refused():
 # --- expert parallelism -----------------------------------------------------------------------------------------------------------------------------------
 
 TWO_RANKS = """
-import sys
+import json, sys
 import torch
 import moe_layers as layers
 from fp8_recipes.megatron import moe
 
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, out, tensor_parallel, options = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(1)
-layers.initialise(rank, 2, store, expert_parallel=2)
-layer = layers.build(layers.config_of(expert_model_parallel_size=2))
+layers.initialise(rank, 2, out + "/store", expert_parallel=2, tensor_parallel=tensor_parallel)
+parallel = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": tensor_parallel, "sequence_parallel": tensor_parallel > 1}
+layer = layers.build(layers.config_of(**parallel, **options))
 whole = torch.load(out + "/whole.pt")
 layer.router.load_state_dict({"weight": whole["router.weight"]})
 for n in (1, 2):
     for e in range(layers.EXPERTS // 2):
         getattr(getattr(layer.experts, f"linear_fc{n}"), f"weight{e}").data.copy_(whole[f"experts.linear_fc{n}.weight{rank * layers.EXPERTS // 2 + e}"])
-x, dy = (t[:, 2 * rank : 2 * rank + 2].contiguous() for t in whole["tokens"])
+x, dy = (t[16 * rank : 16 * rank + 16].contiguous() for t in whole["tokens"])  # as sequence parallelism splits the sequence
 print("SAYS", moe.describe(layer))
 torch.save(layers.gradients(layer, x, dy), f"{out}/{rank}.pt")
 layers.finish()
 """
 
+RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
-def test_two_ranks_with_half_of_the_experts_each_have_the_values_of_one(tmp_path):
-    layer = layers.build(layers.config_of())
+
+@pytest.mark.parametrize(("tensor_parallel", "options"), [(1, {}), (2, AUX | RECOMPUTE)], ids=["data parallel", "sequence parallel, aux loss, recompute"])
+def test_two_ranks_with_half_of_the_experts_each_have_the_values_of_one(tmp_path, tensor_parallel, options):
+    layer = layers.build(layers.config_of(**options))
     x, dy = tokens()
     y, dx, grads = layers.gradients(layer, x, dy)
     torch.save(dict(layer.named_parameters()) | {"tokens": (x, dy)}, tmp_path / "whole.pt")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store"), str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path), str(tensor_parallel), json.dumps(options)],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -409,8 +414,8 @@ def test_two_ranks_with_half_of_the_experts_each_have_the_values_of_one(tmp_path
         assert process.returncode == 0, err[-3000:]
         assert "SAYS 4 local experts as one FP8 function from router to combined output; FP8 dispatch over 2 ranks (alltoall)" in out
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert snr_db(y, torch.cat([p[0] for p in parts], dim=1)) > 40, "the sum over ranks rounds once more to bf16"
-    assert snr_db(dx, torch.cat([p[1] for p in parts], dim=1)) > 40
+    assert snr_db(y, torch.cat([p[0] for p in parts])) > 40, "the sum over ranks rounds once more to bf16"
+    assert snr_db(dx, torch.cat([p[1] for p in parts])) > 40
     for n in (1, 2):
         for e in range(layers.EXPERTS):
             rank, local = divmod(e, layers.EXPERTS // 2)
