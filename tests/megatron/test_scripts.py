@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shlex
 import shutil
@@ -112,6 +113,45 @@ def test_failed_run_stops_the_benchmark_and_shows_its_log(tmp_path):
     broken.chmod(0o755)
     result = run(SCRIPTS / "bench_megatron.sh", tmp_path / "out", "bf16", PYTHON=str(broken))
     assert result.returncode == 7 and "out of memory" in result.stderr and "bf16 ended with status 7" in result.stderr
+
+
+FAKE_BENCH = """#!/bin/sh
+# Stands in for torchrun: prints Megatron's log of six iterations; everything else goes to the real interpreter.
+case "$*" in
+  *fp8_recipes.pretrain_gpt*)
+    for n in 1 2 3 4 5 6; do echo " iteration $n/ 6 | elapsed time per iteration (ms): $CUDA_DEVICE_MAX_CONNECTIONS.0 | learning rate: 3E-04 |"; done
+    echo "[Rank 0] (after 1 iterations) memory (MB) | allocated: 1000.00 | max allocated: 9.00 | reserved: 9.00 | max reserved: 9.00"
+    echo 'fp8_recipes_summary {"peak_allocated_bytes": 1572864000, "peak_reserved_bytes": 1}'
+    echo "$*" ;;
+  *) exec REAL "$@" ;;
+esac
+"""
+
+
+def test_benchmark_interleaves_rounds_and_sets_connections_per_recipe(tmp_path):
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_BENCH.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "MODEL": "moe_tiny", "ROUNDS": "2", "EXTRA": "--moe-router-force-load-balancing", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    result = run(SCRIPTS / "bench_megatron.sh", out, "bf16@32", "blockwise", "fp8_flow_moe", **environment)
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("==")] == [
+        f"== {name} -> {out}/{name}.log" for name in ("bf16@32", "blockwise", "fp8_flow_moe", "bf16@32.2", "blockwise.2", "fp8_flow_moe.2")
+    ]
+    with open(out / "speed.csv") as stream:
+        rows = {row["recipe"]: row for row in csv.DictReader(stream)}
+    assert {name: float(row["ms_per_iteration"]) for name, row in rows.items()} == {
+        "bf16@32": 32.0,
+        "blockwise": 8.0,
+        "fp8_flow_moe": 8.0,
+        "bf16@32.2": 32.0,
+        "blockwise.2": 8.0,
+        "fp8_flow_moe.2": 8.0,
+    }
+    assert (rows["blockwise"]["peak_mb"], rows["blockwise"]["resident_mb"], rows["blockwise"]["peak_above_resident_mb"]) == ("1500", "1000", "500")
+    log = (out / "blockwise.log").read_text()
+    assert "--moe-router-force-load-balancing" in log and "--moe-router-padding-for-quantization" in log and "@" not in log.splitlines()[-1]
 
 
 FAKE_PYTHON = """#!/bin/sh
