@@ -39,6 +39,7 @@ def moe_experts(
     x: [T, H] bf16 (or fp32, fp16). expert_index: [T, K] int32, ids in the whole model, -1 = dropped copy. prob: [T, K] fp32.
     w1: the L experts of this rank, [2F, H] = [gate; up] each; w2: [H, F] each; contiguous bf16 or fp32 parameters anywhere in memory.
     dispatcher: how tokens reach their experts (`nn.dispatch`); None: every expert is on this rank. num_experts: of the whole model; None: L.
+    H and F are multiples of 16; on CUDA an F that is no multiple of 128 costs the fused gradient of SwiGLU.
     Returns [T, H] in x's dtype. Gradients of x, prob and the weights; weights with ``main_grad`` get theirs added there and ``weight.grad`` stays None.
     No tokens: y is empty, the weights' gradients are zero. NaN in a token stays in its row of y, of dx and prob's gradient, and in its experts' gradients.
     A recipe without quantisation runs plain torch on one rank. Raises ValueError, TypeError or RecipeError on what does not fit. On CUDA an id outside the
