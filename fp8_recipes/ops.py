@@ -104,6 +104,14 @@ def gelu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> refer
     return _backend(dy).gelu_backward_quantize(dy, *args, **kwargs)
 
 
+def tanh_bound(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    return _backend(x).tanh_bound(x, alpha)
+
+
+def tanh_bound_backward(dy: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend(x).tanh_bound_backward(dy, x, alpha)
+
+
 def xielu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).xielu_quantize(h, *args, **kwargs)
 
@@ -177,6 +185,8 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "tanh_bound",
+    "tanh_bound_backward",
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",

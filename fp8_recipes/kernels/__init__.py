@@ -16,6 +16,7 @@ from .permute import combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
+from .tanh import tanh_bound, tanh_bound_backward
 from .xielu import xielu_backward_quantize, xielu_quantize
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "tanh_bound",
+    "tanh_bound_backward",
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",

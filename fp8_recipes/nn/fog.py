@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .. import ops
 from ..reference.xielu import BETA, xielu, xielu_alpha_gradient, xielu_backward
 
 XIELU_ALPHA = 0.8
@@ -70,16 +71,28 @@ class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, alpha)
-        return torch.tanh(x.float() * alpha.float()).to(x.dtype)
+        return ops.tanh_bound(_as_rows(x), alpha.float()).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, alpha = ctx.saved_tensors
-        xf, a = x.float(), alpha.float()
-        dz = dy.float() * (1 - torch.tanh(xf * a).square())  # z = alpha x
-        dx = (dz * a).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, (dz * xf).sum(dtype=torch.float64).to(alpha.dtype) if ctx.needs_input_grad[1] else None
+        rows = _as_rows(x)
+        dx, dalpha = ops.tanh_bound_backward(dy.contiguous().view(rows.shape), rows, alpha.float())
+        return dx.view(x.shape) if ctx.needs_input_grad[0] else None, dalpha.to(alpha.dtype) if ctx.needs_input_grad[1] else None
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, cols] with contiguous rows: queries inside a joint projection [B, S, H', E] become [B * S, H * E] where they lie. Layouts whose last
+    dimension has gaps are copied."""
+    if x.is_contiguous():
+        return x.reshape(-1, x.shape[-1])
+    cols = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if size != 1 and stride != cols:
+            break
+        cols *= size
+    return x.reshape(-1, cols) if cols > 1 else x.contiguous().reshape(-1, x.shape[-1])
 
 
 class XIELU(nn.Module):

@@ -94,9 +94,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         batch, seq, width = x.shape
-        qkv = self.qkv(x).view(batch, seq, self.heads + 2 * self.groups, self.head).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=1)  # [B, H, S, E] and twice [B, G, S, E]
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        qkv = self.qkv(x).view(batch, seq, self.heads + 2 * self.groups, self.head)
+        q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=2)  # [B, S, H, E] and twice [B, S, G, E]
+        q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
+        q, k = rotate(q, table), rotate(k, table)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.groups != self.heads)
         return self.proj(y.transpose(1, 2).reshape(batch, seq, width))
 

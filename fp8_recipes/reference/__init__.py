@@ -10,6 +10,7 @@ from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, groupe
 from .moments import moments
 from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
+from .tanh import tanh_bound, tanh_bound_backward
 from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "tanh_bound",
+    "tanh_bound_backward",
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",

@@ -58,6 +58,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
     found.append(("quantize", "_partial_amax_kernel", {"BLOCK": 4096}, {"partial_ptr": "*fp32"}, 4))
     found += experts_cases()
+    found.append(("tanh", "_tanh_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 4))
+    found.append(("tanh", "_tanh_backward_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 8))
     found += permute_cases()
     found += dispatch_cases()
     found += moments_cases()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8_recipes.architecture import ARCHITECTURES, FOG_MAX, LLAMA3, SMOOTH_SWIGLU, from_name
-from fp8_recipes.nn.fog import XIELU, LayerScale, RMSNorm, TanhBound, smooth_swiglu
+from fp8_recipes.nn.fog import XIELU, LayerScale, RMSNorm, TanhBound, _as_rows, smooth_swiglu
 from fp8_recipes.nn.gpt import GPT, GPTConfig
 
 B, S, D = 2, 7, 48
@@ -91,6 +91,16 @@ def test_part_passes_gradcheck_of_what_it_needs(name: str) -> None:
     if list(part.parameters()):
         part(x).sum().backward()
         assert all(p.grad is not None for p in part.parameters())
+
+
+def test_tanh_of_queries_inside_a_joint_projection() -> None:
+    """Any layout gives the same bits, and queries are read where they are."""
+    joint = normal(2, 5, 6, 8, seed=13)
+    for x in (joint, joint[:, :, :4], joint[:, :, 4:5], joint.transpose(1, 2), joint[..., :3], joint[:0], joint[:, :1, :1], joint[0, 0, 0]):
+        assert torch.equal(TanhBound(0.7)(x), TanhBound(0.7)(x.contiguous())), x.shape
+    assert _as_rows(joint[:, :, :4]).shape == (10, 32) and _as_rows(joint[:, :, :4]).data_ptr() == joint.data_ptr()
+    assert _as_rows(joint).shape == (60, 8) and _as_rows(joint[:, :1]).data_ptr() == joint.data_ptr()
+    assert _as_rows(joint[..., :1].expand(2, 5, 6, 8)).is_contiguous()
 
 
 def test_initial_values() -> None:
