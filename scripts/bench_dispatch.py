@@ -8,7 +8,8 @@ all experts and all tokens. Any difference ends the program with 1, before anyth
 
 Times are the slowest rank's median over rounds in which all contenders take turns, each after a barrier of the ranks. "bf16, per copy" is what Megatron's
 all-to-all dispatcher does: a row for every expert of a token, and the probabilities in a collective of their own. "bf16, per rank" sends a token once to each
-rank, without ids and probabilities. "FP8" is the cast, packing, the collective and unpacking, ids and probabilities included. Bytes leave a rank for others.
+rank, without ids and probabilities. "FP8" is the cast, packing, the collective and unpacking of ids and probabilities; the rest is read where it arrived, by
+the permutation that every MoE layer has ("permute": from there, and from contiguous rows). Bytes are those that leave a rank for others.
 """
 
 from __future__ import annotations
@@ -222,6 +223,10 @@ def bench_shape(table: Table, d: AllToAll, name: str, shape: tuple[int, int, int
     x_rows = given.x[token]
     copy_token, copy_prob, copies_sent, copies_received = per_copy(given, experts // d.size, d.size)
     y = torch.randn(sum(received), hidden, device=device).bfloat16()
+    arrived, ids, arrived_prob = d.dispatch(q, given.prob, plan)
+    assert ids is not None and arrived.tile_exponent is not None
+    apart = ScaledTensor(arrived.payload.contiguous(), arrived.scale.contiguous(), "row", tile_exponent=arrived.tile_exponent.contiguous())
+    row_map = ops.route_map(ids, experts // d.size, ops.rows_for(d.received_copies(plan), experts // d.size))
 
     def megatron() -> object:
         exchange(copy_prob[:, None], copies_received, copies_sent)
@@ -237,7 +242,9 @@ def bench_shape(table: Table, d: AllToAll, name: str, shape: tuple[int, int, int
         "FP8, wire only": lambda: exchange(packed, received, sent),
         "cast": lambda: ops.quantize(given.x, **QUANTIZE),
         "pack": lambda: ops.pack_rows(q, plan.send, sum(sent), given.index, given.prob),
-        "unpack": lambda: ops.unpack_rows(packed, row_layout(q, k), q.payload.dtype),
+        "unpack ids and prob": lambda: ops.unpack_rows(packed, row_layout(q, k), q.payload.dtype),
+        "permute, received rows": lambda: ops.gather_rows(arrived, row_map, arrived_prob),
+        "permute, rows copied out": lambda: ops.gather_rows(apart, row_map, arrived_prob),
         "combine": lambda: d.combine(y, plan),
         "combine_prob": lambda: d.combine_prob(torch.empty(sum(received), k, device=device), plan),
     }
