@@ -181,18 +181,24 @@ def exchange(rows: torch.Tensor, received: list[int], sent: list[int]) -> torch.
 
 
 def record(table: Table, where: dict[str, object], times: dict[str, float], sizes: dict[str, tuple[int, int]], base: str) -> None:
-    """sizes: contender -> (rows to other ranks, bytes to other ranks)."""
+    """sizes: contender -> (rows to other ranks, bytes to other ranks); contenders without one are parts of others, which are not compared."""
     for name, us in times.items():
-        rows, nbytes = sizes.get(name, (0, 0))
-        row = {**where, "contender": name, "us": round(us, 1), "rows_out": rows, "MB_out": round(nbytes / 1e6, 2)}
-        row |= {
-            "GB/s": round(nbytes / us / 1e3, 1) if nbytes else "",
-            "speedup": round(times[base] / us, 3),
-            "bytes_of_base": round(nbytes / sizes[base][1], 3),
+        row: dict[str, object] = {
+            **where,
+            "contender": name,
+            "us": round(us, 1),
+            **dict.fromkeys(("rows_out", "MB_out", "GB/s", "speedup", "bytes_of_base"), ""),
         }
+        shown = ""
+        if name in sizes:
+            rows, nbytes = sizes[name]
+            speedup, share = times[base] / us, nbytes / sizes[base][1]
+            row |= {"rows_out": rows, "MB_out": round(nbytes / 1e6, 2), "GB/s": round(nbytes / us / 1e3, 1)}
+            row |= {"speedup": round(speedup, 3), "bytes_of_base": round(share, 3)}
+            shown = f"{nbytes / 1e6:8.1f} MB out  {speedup:5.2f}x of '{base}' with {share:.1%} of its bytes"
         table.append(row)
         if dist.get_rank() == 0:
-            print(f"  {name:<28} {us:9.1f} us  {nbytes / 1e6:8.1f} MB out  {times[base] / us:5.2f}x of '{base}'", flush=True)
+            print(f"  {name:<28} {us:9.1f} us  {shown}", flush=True)
 
 
 def per_copy(given: Inputs, local: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
@@ -255,10 +261,9 @@ def bench_shape(table: Table, d: AllToAll, name: str, shape: tuple[int, int, int
     sizes = {"bf16, per copy": (copies, copies * (2 * hidden + 4)), "FP8, backward": (rows, rows * backward)}
     sizes |= dict.fromkeys(("bf16, per rank", "bf16, per rank, wire only"), (rows, rows * 2 * hidden))
     sizes |= dict.fromkeys(("FP8", "FP8 without the cast", "FP8, wire only"), (rows, rows * forward))
-    sizes["combine"] = away(received, d.rank), away(received, d.rank) * 2 * hidden
     where: dict[str, object] = {"shape": name, "tokens": tokens, "k": k, "experts": experts, "hidden": hidden, "ranks": d.size}
     record(table, where, measure(contenders, rounds), sizes, "bf16, per rank")
-    record(table, where, {"plan, on the host": plan_us(d, given, experts, rounds)}, {"plan, on the host": (0, 1)}, "plan, on the host")
+    record(table, where, {"plan, on the host": plan_us(d, given, experts, rounds)}, {}, "")
 
 
 def plan_us(d: AllToAll, given: Inputs, experts: int, rounds: int) -> float:
