@@ -32,7 +32,7 @@ _OFFLOAD = "offloading knows only TransformerEngine's own FP8 tensors; drop the 
 
 @cache
 def resolve(spec: str) -> Recipe:
-    """The `Recipe` of a specification: a name with overrides, or a YAML file with overrides. Raises RecipeError."""
+    """The `Recipe` of a specification: a name with overrides, or a YAML file with overrides. Raises RecipeError. Read once in a process: every layer asks."""
     path, _, overrides = spec.partition(":")
     if path.endswith((".yaml", ".yml")):
         return recipes.from_yaml(path, overrides)

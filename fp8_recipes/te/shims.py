@@ -13,8 +13,10 @@ SUPPORTED = ((2, 19), (2, 21))
 _MARK = "_fp8_recipes_original"
 
 
+@functools.cache
 def require_transformer_engine() -> None:
-    """ImportError if TransformerEngine is missing, RuntimeError if its version is outside the tested range."""
+    """ImportError if TransformerEngine is missing, RuntimeError if its version is outside the tested range. Looked up once: reading a package's metadata takes
+    longer than many a layer, and Megatron asks for the recipe at every layer."""
     try:
         version = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:

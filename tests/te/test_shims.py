@@ -18,6 +18,7 @@ def test_missing_transformer_engine_says_what_to_install(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
+    shims.require_transformer_engine.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'fp8_recipes\[te\]'"):
         shims.require_transformer_engine()
 
@@ -27,8 +28,21 @@ def test_untested_version_is_refused(monkeypatch, version):
     from fp8_recipes.te import shims
 
     monkeypatch.setattr(metadata, "version", lambda name: version)
+    shims.require_transformer_engine.cache_clear()
     with pytest.raises(RuntimeError, match=f"{version}.*untested"):
         shims.require_transformer_engine()
+
+
+def test_the_version_is_read_once(monkeypatch):
+    """Megatron asks for the recipe at every layer of every microbatch; reading package metadata takes a millisecond."""
+    from fp8_recipes.te import shims
+
+    asked = []
+    monkeypatch.setattr(metadata, "version", lambda name: asked.append(name) or "2.20.2")
+    shims.require_transformer_engine.cache_clear()
+    for _ in range(3):
+        shims.require_transformer_engine()
+    assert asked == ["transformer-engine"]
 
 
 def _te_or_skip():
