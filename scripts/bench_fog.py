@@ -1,0 +1,216 @@
+"""FOG's parts on one GPU: checked against the reference, then timed against a copy of the same bytes, the unfused way, and SwiGLU and bf16 FFNs.
+
+    python scripts/bench_fog.py [--check | --sweep] [--csv DIR] [--rounds N]      (--check: no timing; --sweep: elements per thread of the row kernels)
+
+Bytes are the least that must move. Where no float64 stands beside it, "right" means the reference's bits except for a thousandth of the payload: the GPU's
+exponential differs in the last places. Exits with 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_kernels import ALLOC, Calls, Table, attribute, copy_calls, data, differences, measure, poisoned, record, rotations, with_per_thread
+
+from fp8_recipes import from_name, kernels, reference
+from fp8_recipes.formats import FORMATS
+from fp8_recipes.nn import fp8_linear, fp8_mlp
+from fp8_recipes.nn.fog import XIELU
+from fp8_recipes.reference import xielu as reference_xielu
+from fp8_recipes.weight_scaling import WeightScaling
+
+FFN = {"390M": (1024, 4096), "1.5B": (2048, 8192), "8B": (4096, 14336)}  # hidden, width of a gated FFN
+TOKENS = 8192
+MODES = (("micro", "row"), ("row", None), ("tile", None), ("micro", None))
+
+
+def alpha() -> torch.Tensor:
+    return XIELU().cuda().alpha().detach()
+
+
+def row_checks() -> Iterator[tuple[str, int, float]]:
+    """(name, bytes that differ, how many may) of xIELU and GeLU."""
+    for cols in (2112, 6144, 12288, 21504):
+        h, dy, a, prob = data(1024, cols), data(1024, cols, 1), alpha(), torch.rand(1024, device="cuda")
+        for fmt in FORMATS.values():
+            for granularity, fold in MODES:
+                for p in (None, prob):
+                    options = {"fold": fold, "prob": p}
+                    for name, first in (("xielu", (a,)), ("gelu", ())):
+                        forward, backward = f"{name}_quantize", f"{name}_backward_quantize"
+                        q, e = (getattr(m, forward)(h, *first, granularity, fmt, **options) for m in (kernels, reference))
+                        label = f"{cols} {fmt.name} {granularity} {fold} {'prob' if p is not None else ''}"
+                        yield f"{forward} {label}", differences(q, e), 1e-3 * q.payload.numel()
+                        got, expected, again = (getattr(m, backward)(dy, h, *first, granularity, fmt, **options) for m in (kernels, reference, kernels))
+                        yield f"{backward} {label}", differences(got.h, expected.h), 1e-3 * q.payload.numel()
+                        yield f"{backward} {label}, twice", differences(got.h, again.h), 0
+                        for field in ("alpha", "prob"):
+                            sums = getattr(got, field, None)
+                            if sums is not None:
+                                yield f"{backward} {label} d{field}, twice", int((sums != getattr(again, field)).sum()), 0
+                                off = (sums - getattr(expected, field)).abs() > 1e-5 * magnitude(field, name, dy, h, p)
+                                yield f"{backward} {label} d{field}", int(off.sum()), 0
+
+
+def magnitude(field: str, name: str, dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None) -> torch.Tensor:
+    """Sum of the magnitudes of the terms of a gradient: its errors are a few roundings of that."""
+    if field == "alpha":
+        return reference_xielu.xielu_alpha_gradient(dy.abs(), h, prob)  # both derivatives are positive
+    y = reference_xielu.xielu(h, alpha()) if name == "xielu" else F.gelu(h.float())
+    return (dy.float() * y).abs().sum(dim=1)
+
+
+def tanh_checks() -> Iterator[tuple[str, int, float]]:
+    joint, dy, a = data(4096, 6144), data(4096, 6144, 1), torch.tensor(0.5, device="cuda")
+    for part in (slice(0, 4096), slice(4096, 5120)):
+        x, g = joint[:, part], dy[:, part]
+        yield "tanh_bound", int((kernels.tanh_bound(x, a) != reference.tanh_bound(x, a)).sum()), 2e-3 * x.numel()
+        (dx, da), (ex, ea), (_, again) = (m.tanh_bound_backward(g, x, a) for m in (kernels, reference, kernels))
+        yield "tanh_bound_backward", int((dx != ex).sum()), 4e-3 * x.numel()
+        terms = (g.double() * x.double() / torch.cosh(0.5 * x.double()).square()).abs().sum()
+        yield "tanh_bound_backward dalpha", int((da - ea).abs() > 1e-5 * terms) + int(da != again), 0
+
+
+def check() -> bool:
+    failures = total = 0
+    with attribute(ALLOC, "empty", poisoned):
+        for checks in (row_checks, tanh_checks):
+            for name, count, allowed in checks():
+                total += 1
+                if not 0 <= count <= allowed:
+                    failures += 1
+                    print(f"  FAIL {name}: {count} differ, {allowed:.0f} may")
+    print(f"check: {total - failures} of {total} pass")
+    return failures == 0
+
+
+def unfused(activation: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor) -> object:
+    return kernels.quantize(activation(h), "micro", fold="row")
+
+
+def bench_rows(table: Table, rounds: int) -> None:
+    options = {"granularity": "micro", "fold": "row"}
+    for _, glu in FFN.values():
+        cols = 3 * glu // 2
+        size, a = TOKENS * cols, alpha()
+        hs, dys = ([data(TOKENS, cols, i + k) for i in range(rotations(2 * size))] for k in (0, 10))
+        pairs = list(zip(dys, hs, strict=True))
+        cases: dict[str, tuple[float, Calls]] = {
+            "xielu_quantize micro+fold": (3 * size, {"": [partial(kernels.xielu_quantize, h, a, **options) for h in hs]}),
+            "gelu_quantize micro+fold": (3 * size, {"": [partial(kernels.gelu_quantize, h, **options) for h in hs]}),
+            "torch gelu, then quantize": (3 * size, {"": [partial(unfused, F.gelu, h) for h in hs]}),
+            "xielu_backward_quantize micro+fold": (5 * size, {"": [partial(kernels.xielu_backward_quantize, dy, h, a, **options) for dy, h in pairs]}),
+            "gelu_backward_quantize micro+fold": (5 * size, {"": [partial(kernels.gelu_backward_quantize, dy, h, **options) for dy, h in pairs]}),
+        }
+        for name, (moved, calls) in cases.items():
+            record(table, (TOKENS, cols), measure({"copy": copy_calls(moved), name: calls[""]}, rounds), {"copy": moved, name: moved})
+
+
+def bench_tanh(table: Table, rounds: int) -> None:
+    """Queries of the 8B geometry inside their joint projection."""
+    joints, dys, a = [data(TOKENS, 6144, i) for i in range(3)], [data(TOKENS, 4096, i) for i in range(3)], torch.tensor(0.5, device="cuda")
+    xs, size = [j[:, :4096] for j in joints], TOKENS * 4096
+    cases: dict[str, tuple[float, Calls]] = {
+        "tanh_bound": (4 * size, {"": [partial(kernels.tanh_bound, x, a) for x in xs]}),
+        "torch.tanh(x * alpha)": (4 * size, {"": [partial(lambda x: torch.tanh(x * a), x) for x in xs]}),
+        "tanh_bound_backward": (6 * size, {"": [partial(kernels.tanh_bound_backward, dy, x, a) for dy, x in zip(dys, xs, strict=True)]}),
+    }
+    for name, (moved, calls) in cases.items():
+        record(table, (TOKENS, 4096), measure({"copy": copy_calls(moved), name: calls[""]}, rounds), {"copy": moved, name: moved})
+
+
+def swiglu_ffn(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def step(ffn: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> object:
+    """Forward and backward."""
+    return torch.autograd.grad(ffn(*leaves), leaves, dy)
+
+
+def bench_ffn(table: Table, rounds: int) -> None:
+    """Forward and backward of a whole FFN; the fused one beside separate layers and bf16, of GeLU, and of SwiGLU with as many weights."""
+    recipe = from_name("moss")
+    for name, (hidden, glu) in FFN.items():
+        cols, scaling, a = 3 * glu // 2, WeightScaling(interval=500), alpha().requires_grad_()
+        x, dy = data(TOKENS, hidden).requires_grad_(), data(TOKENS, hidden, 1)
+        up, down, gate_up, glu_down = (
+            torch.nn.Parameter((0.02 * torch.randn(*s, device="cuda")).bfloat16()) for s in ((cols, hidden), (hidden, cols), (2 * glu, hidden), (hidden, glu))
+        )
+        for w in (up, down):
+            scaling.track(w)
+
+        def separate(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+            return fp8_linear(F.gelu(fp8_linear(x, up, recipe=recipe)), down, recipe=recipe)
+
+        contenders: Calls = {
+            "FFN bf16 SwiGLU": [partial(step, swiglu_ffn, [x, gate_up, glu_down], dy)] * 2,
+            "FFN bf16 GeLU": [partial(step, lambda x, up, down: F.linear(F.gelu(F.linear(x, up)), down), [x, up, down], dy)] * 2,
+            "FFN moss GeLU, separate layers": [partial(step, separate, [x, up, down], dy)] * 2,
+            "FFN moss GeLU, fused": [partial(step, partial(fp8_mlp, recipe=recipe), [x, up, down], dy)] * 2,
+            "FFN moss xIELU, fused": [partial(step, partial(fp8_mlp, recipe=recipe), [x, up, down, a], dy)] * 2,
+        }
+        times = measure(contenders, rounds)
+        print(f"{name}: {TOKENS} tokens, {hidden} -> {cols} -> {hidden} (SwiGLU {glu})")
+        record(table, (hidden, cols), times, {"FFN bf16 SwiGLU": 0.0}, "FFN bf16 SwiGLU")
+        best = times["FFN bf16 SwiGLU"]
+        print("              " + "   ".join(f"{key.removeprefix('FFN ')} {best / us:.2f}x" for key, us in times.items()))
+
+
+def sweep(table: Table, rounds: int) -> None:
+    """Elements per thread, widths of all three sizes."""
+    options = {"granularity": "micro", "fold": "row"}
+    for _, glu in FFN.values():
+        cols, a = 3 * glu // 2, alpha()
+        h, dy = data(TOKENS, cols), data(TOKENS, cols, 1)
+        operations: dict[str, tuple[int, Callable[..., object], tuple[torch.Tensor, ...]]] = {
+            "xielu_quantize": (3, kernels.xielu_quantize, (h, a)),
+            "gelu_quantize": (3, kernels.gelu_quantize, (h,)),
+            "xielu_backward_quantize": (5, kernels.xielu_backward_quantize, (dy, h, a)),
+            "gelu_backward_quantize": (5, kernels.gelu_backward_quantize, (dy, h)),
+        }
+        for name, (per_value, call, arguments) in operations.items():
+            moved = per_value * TOKENS * cols
+            calls: Calls = {str(n): [partial(with_per_thread, n, call, *arguments, **options)] * 2 for n in (32, 64, 128)}
+            times = measure({"copy": copy_calls(moved), **calls}, rounds)
+            named = {"copy": times["copy"], **{f"{name}, {n} per thread": times[n] for n in calls}}
+            record(table, (TOKENS, cols), named, dict.fromkeys(named, float(moved)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="check only")
+    parser.add_argument("--sweep", action="store_true", help="after the check, sweep instead of the benchmark")
+    parser.add_argument("--csv", type=Path, help="directory for fog_bench.csv or fog_sweep.csv")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_fog.py needs a CUDA GPU; the tests in tests/kernels check the same kernels on the CPU")
+    start = time.time()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if not check():
+        sys.exit(1)
+    table: Table = []
+    if not args.check:
+        for bench in (sweep,) if args.sweep else (bench_rows, bench_tanh, bench_ffn):
+            bench(table, args.rounds)
+    if args.csv and table:
+        args.csv.mkdir(parents=True, exist_ok=True)
+        with open(args.csv / f"fog_{'sweep' if args.sweep else 'bench'}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, fieldnames=list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    print(f"{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
