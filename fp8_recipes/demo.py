@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from .architecture import LLAMA3, Architecture
-from .monitor import Counts, Monitor
-from .nn import Linear, convert
+from .metrics import JsonLines, MonitorHooks, Reading, RunMetrics, gpt_targets, observe_linears
+from .monitor import Counts, counts_of, total
+from .nn import convert
 from .nn.gpt import GPT, GPTConfig, is_high_precision
 from .recipe import BF16, Recipe
 from .weight_scaling import WeightScaling
@@ -29,8 +30,8 @@ HELD_OUT = 0.05
 MAX_BYTES = 64 << 20
 READ_EVERY = 10
 """Steps between two reads of losses from the device; one timing sample covers that many steps."""
-OBSERVE_EVERY = 50
-"""Steps between two counts of flushes and saturations."""
+OBSERVE_EVERY = 10
+"""Steps between two looks at kurtosis, flushes and saturations."""
 SUFFIXES = (".py", ".txt", ".md", ".rst")
 
 
@@ -209,6 +210,16 @@ class Run:
     validation: float = math.nan
     counts: dict[str, Counts] = field(default_factory=dict)
     observed_steps: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """Alarms of the metrics."""
+
+    def count(self, readings: dict[str, Reading]) -> None:
+        """Add what one observed step showed about FP8, by role."""
+        self.observed_steps += 1
+        for suffix, role in ((".input", "activation"), (".weight", "weight"), (".grad", "grad")):
+            found = {name: counts_of(r) for name, r in readings.items() if name.endswith(suffix)}
+            if found:
+                self.counts[role] = total({**found, "": self.counts.get(role, Counts(0, 0, 0, 0, 0, None, None))})
 
     @property
     def ms_per_step(self) -> float:
@@ -229,21 +240,28 @@ def build_model(recipe: Recipe, config: Setup) -> tuple[GPT, WeightScaling]:
     return model, scaling
 
 
-def train(name: str, recipe: Recipe, config: Setup, text: Text, on_step: Callable[[int, float | None], None] = lambda step, loss: None) -> Run:
-    """Train one GPT and evaluate it on the held-out text. on_step(steps done, last known loss) is called after every step."""
+def train(
+    name: str,
+    recipe: Recipe,
+    config: Setup,
+    text: Text,
+    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+    log: Path | None = None,
+) -> Run:
+    """Train one GPT and evaluate it on the held-out text. on_step(steps done, last known loss) is called after every step. log: where the metrics go, as
+    JSON lines."""
     model, scaling = build_model(recipe, config)
     weights = MasterWeights(model)
     decayed = [m for m in weights.masters if m.dim() == 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": [m for m in weights.masters if m.dim() != 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr(0), betas=config.betas, fused=config.device == "cuda")
     scaling.attach(optimizer)
-    data, monitor, run = batches(text.train, config), Monitor(), Run(name)
+    data, run = batches(text.train, config), Run(name)
+    metrics = _watch(model, run, log)
     pending: list[torch.Tensor] = []
     began = mark = time.perf_counter()
     for step in range(config.steps):
-        observed = recipe.quantize and (step % OBSERVE_EVERY == 0 or step == config.steps - 1)
-        _set_observer(model, monitor if observed else None)
-        run.observed_steps += observed
+        metrics.hooks.active |= step == config.steps - 1
         weights.zero_grad()
         loss = model(*next(data))
         loss.backward()
@@ -262,18 +280,22 @@ def train(name: str, recipe: Recipe, config: Setup, text: Text, on_step: Callabl
             now = time.perf_counter()
             run.ms.append((now - mark) * 1e3 / len(pending))
             mark, pending = now, []
+        readings = metrics.after_step(step + 1)
+        if readings is not None:
+            run.count(readings)
         on_step(step + 1, run.losses[-1] if run.losses else None)
     run.seconds = time.perf_counter() - began
-    _set_observer(model, None)
-    run.counts = monitor.read()
+    metrics.hooks.remove()
+    metrics.hooks.active = False  # the layers' observers stay
     run.validation = evaluate(model, text.held_out, config)
     return run
 
 
-def _set_observer(model: torch.nn.Module, monitor: Monitor | None) -> None:
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.observer = None if monitor is None else monitor.add
+def _watch(model: GPT, run: Run, log: Path | None) -> RunMetrics:
+    """Kurtosis of every block and what every quantising layer shows, every `OBSERVE_EVERY` steps and in the last one."""
+    hooks = MonitorHooks(gpt_targets(model), interval=OBSERVE_EVERY)
+    observe_linears(model, hooks)
+    return RunMetrics(hooks, sinks=[] if log is None else [JsonLines(log, run.name)], warn=run.warnings.append)
 
 
 @torch.no_grad()
@@ -296,8 +318,10 @@ def deviation(actual: float, baseline: float) -> float:
     return (actual / baseline - 1) * 100
 
 
-def compare(recipe: Recipe, config: Setup, text: Text, on_step: Callable[[str, int, float | None], None] = lambda name, step, loss: None) -> tuple[Run, Run]:
+def compare(
+    recipe: Recipe, config: Setup, text: Text, on_step: Callable[[str, int, float | None], None] = lambda name, step, loss: None, log: Path | None = None
+) -> tuple[Run, Run]:
     """(baseline, recipe): two trainings that differ in nothing but the recipe."""
     named = recipe.name if recipe.name != config.baseline else f"{recipe.name} (again)"
-    first = train(config.baseline, BF16, config, text, lambda step, loss: on_step(config.baseline, step, loss))
-    return first, train(named, recipe, config, text, lambda step, loss: on_step(named, step, loss))
+    first = train(config.baseline, BF16, config, text, lambda step, loss: on_step(config.baseline, step, loss), log)
+    return first, train(named, recipe, config, text, lambda step, loss: on_step(named, step, loss), log)

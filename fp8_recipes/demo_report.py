@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table on the console, loss.png, log.jsonl and summary.json."""
+"""What the demo leaves behind: a table on the console, loss.png, log.jsonl, metrics.jsonl and summary.json."""
 
 from __future__ import annotations
 
@@ -39,17 +39,23 @@ def run_demo(recipe: Recipe, arch: Architecture, *, steps: int | None, device: s
     console.print(f"[bold]fp8-recipes demo[/]: {recipe.name} against {config.baseline}, {numerics} on {chosen} ({why})", highlight=False)
     console.print(f"architecture: {arch}", highlight=False, soft_wrap=True)
     console.print(f"text: {text.source}, {text.files} files, {(len(text.train) + len(text.held_out)) / 1e6:.1f} MB", highlight=False, soft_wrap=True)
-    baseline, quantised = _train_with_progress(console, recipe, config, text)
+    metrics = out / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    baseline, quantised = _train_with_progress(console, recipe, config, text, metrics)
     write_log(out / "log.jsonl", config, [baseline, quantised])
     write_summary(out / "summary.json", recipe, config, text, baseline, quantised)
     plot(out / "loss.png", config, baseline, quantised)
     console.print(table(recipe, config, baseline, quantised))
     if chosen == "cpu":
         console.print("Times on the CPU are those of the reference numerics; they say nothing about a GPU.", style="dim")
-    console.print(f"wrote {out / 'loss.png'}, {out / 'log.jsonl'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    for run in (baseline, quantised):
+        for warning in run.warnings:
+            console.print(f"WARNING, {run.name}: {warning}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {out / 'loss.png'}, {out / 'log.jsonl'}, {metrics}, {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    console.print(f"kurtosis and scales per layer: fp8-recipes inspect {out}", highlight=False, soft_wrap=True)
 
 
-def _train_with_progress(console: Any, recipe: Recipe, config: Setup, text: Text) -> tuple[Run, Run]:
+def _train_with_progress(console: Any, recipe: Recipe, config: Setup, text: Text, metrics: Path) -> tuple[Run, Run]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
@@ -61,7 +67,7 @@ def _train_with_progress(console: Any, recipe: Recipe, config: Setup, text: Text
                 tasks[name] = progress.add_task(name, total=config.steps, loss="-")
             progress.update(tasks[name], completed=step, loss="-" if loss is None else f"{loss:.3f}")
 
-        return compare(recipe, config, text, on_step)
+        return compare(recipe, config, text, on_step, metrics)
 
 
 def table(recipe: Recipe, config: Setup, baseline: Run, quantised: Run) -> Any:

@@ -75,13 +75,14 @@ class Monitor:
 
     def read(self) -> dict[str, Counts]:
         """Totals so far by name, in one transfer to the host."""
-        return {name: _to_counts(reading) for name, reading in self._table.reduce(local=True).items() if reading.elements}
+        return {name: counts_of(reading) for name, reading in self._table.reduce(local=True).items() if reading.elements}
 
     def reset(self) -> None:
         self._table.reset()
 
 
-def _to_counts(r: Reading) -> Counts:
+def counts_of(r: Reading) -> Counts:
+    """The part of a `metrics.Reading` that is about FP8."""
     return Counts(r.elements, r.nonzero, r.flushed, r.saturated, r.nonfinite, r.scale_exponent_min, r.scale_exponent_max)
 
 

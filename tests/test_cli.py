@@ -27,6 +27,9 @@ def test_demo_writes_table_log_summary_and_plot(tmp_path: Path, capsys: pytest.C
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(e["run"], e["step"]) for e in log] == [(run, step) for run in ("fp32", "moss") for step in (1, 2, 3)]
     assert all(e["tokens"] == e["step"] * 1024 and 0 < e["loss"] < 7 and e["grad_norm"] > 0 and e["lr"] > 0 for e in log)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(e["run"], e["step"]) for e in metrics if e["kind"] == "metrics"] == [(run, step) for run in ("fp32", "moss") for step in (1, 3)]
+    assert metrics[0]["tensors"]["layers.1.qkv"]["kurtosis"] > 1 and "layers.1.mlp.down.grad" in metrics[-1]["tensors"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["recipe"]["interval"] == 2 and summary["setup"]["steps"] == 3
     assert summary["quantised"]["final_loss"] == pytest.approx(sum(e["loss"] for e in log[3:]) / 3)

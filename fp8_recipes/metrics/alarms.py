@@ -12,8 +12,8 @@ observed steps in a row; for QKV, the tensor that shows it first, in ``qkv_patie
 The other thresholds are shares of the finite non-zero elements of a tensor in one observed step:
 
 * non-finite elements: any, at once.
-* saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale, at once. A measured scale never saturates; under a predicted one any saturation
-  means that the bound was broken; under delayed scaling some is normal.
+* saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale, at once. A measured scale never saturates; under a predicted one
+  any saturation means that the bound was broken; under delayed scaling some is normal.
 * flush share: 1 % of an activation or weight, 5 % of a gradient (gradients spread wider, and what is lost is small).
 * fold flushes (what the fold for wgrad turns into zero): the same two. Flushes of either kind count after ``patience`` observed steps in a row.
 

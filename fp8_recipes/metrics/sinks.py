@@ -25,10 +25,11 @@ class Sink(Protocol):
 
 class JsonLines:
     """One object per observed step, appended to ``path``: {"kind": "metrics", "step", **scalars, "tensors": {name: {...}}}; one per alarm:
-    {"kind": "alarm", "step", ...}, with ``alarm`` for the alarm's own kind. Shares are fractions, 0 to 1."""
+    {"kind": "alarm", "step", ...}, with ``alarm`` for the alarm's own kind. Shares are fractions, 0 to 1. run: a name to tell the trainings of one file
+    apart, written as "run"."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, run: str | None = None) -> None:
+        self.path, self.run = Path(path), run
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, readings: Mapping[str, Reading], alarms: Sequence[Alarm], scalars: Mapping[str, float]) -> None:
@@ -36,8 +37,9 @@ class JsonLines:
         for alarm in alarms:
             fields = asdict(alarm)
             lines.append({"kind": "alarm", "step": step, "alarm": fields.pop("kind"), **fields, "layer": alarm.layer, "tensor": alarm.tensor})
+        named = {} if self.run is None else {"run": self.run}
         with self.path.open("a") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+            stream.writelines(json.dumps(named | line) + "\n" for line in lines)
 
 
 def read_kurtosis(path: str | Path, before: int | None = None) -> list[tuple[int, dict[str, float | None]]]:
