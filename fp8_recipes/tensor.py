@@ -32,6 +32,8 @@ class ScaledTensor:
 
     tile_exponent: uint8 E8M0 [rows, ceil(cols/128)] or None. Beside a payload folded to rows: the scale that each tile needs by itself, from which a later
     fold along the other axis takes its target without reading the data again.
+    row_scale: [rows] fp32 or None. Beside a `tensor` scale: the same number once per row, written by the kernel that made it. Libraries that take a scale per
+    row of one operand want one per row of the other too, and filling it for every product would be a launch of its own.
     """
 
     payload: torch.Tensor
@@ -39,6 +41,7 @@ class ScaledTensor:
     granularity: str
     tile_exponent: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -67,7 +70,7 @@ class ScaledTensor:
 
     def nbytes(self) -> int:
         """Bytes held: payload, scales and tile exponents."""
-        held = (self.payload, self.scale, self.tile_exponent, self.global_scale)
+        held = (self.payload, self.scale, self.tile_exponent, self.global_scale, self.row_scale)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 

@@ -109,6 +109,14 @@ def pow2(exponent):
 
 
 @triton.jit
+def store_copies(ptr, value, copies):
+    """``value`` into the first ``copies`` elements of ``ptr``, by one program."""
+    for start in range(0, copies, 1024):
+        offset = start + tl.arange(0, 1024)
+        tl.store(ptr + offset, value + tl.zeros([1024], tl.float32), mask=offset < copies)
+
+
+@triton.jit
 def scale_exponent(amax, E5M2: tl.constexpr):
     """Exponent of the smallest power of two s with amax <= fmt.max * s, from the bits of amax (fp32 >= 0): `formats.scale_exponent_from_amax`."""
     # A mantissa above 0x600000 carries into the exponent field. The largest finite amax gives 120, so only the lower end needs a clamp.

@@ -37,6 +37,7 @@ from .common import (
     next_power_of_2,
     pow2,
     scale_bytes,
+    store_copies,
     tiles_of,
     to_fp32,
 )
@@ -182,7 +183,8 @@ def _fold_transpose_bytes_kernel(
 def _quantize_given_transposed_kernel(
     x_ptr, out_ptr, scale_ptr, amax_ptr, increment, rows, cols, TR: tl.constexpr, TC: tl.constexpr, E5M2: tl.constexpr, COLUMNS_FIRST: tl.constexpr
 ):
-    """x [rows, cols] -> payload words [cols, rows / 4]; rows is a multiple of 4. Four rows of a column are rounded straight into one word."""
+    """x [rows, cols] -> payload words [cols, rows / 4] and the scale once per column; rows is a multiple of 4. Four rows of a column are rounded straight into
+    one word."""
     row_blocks = (rows + TR - 1) // TR
     col_blocks = (cols + TC - 1) // TC
     if COLUMNS_FIRST:
@@ -204,7 +206,7 @@ def _quantize_given_transposed_kernel(
     out = out_ptr + out_column.to(tl.int64) * (rows // 4) + out_quad
     tl.store(out, tl.trans(pack_4(x0, x1, x2, x3, E5M2)), mask=(out_quad < rows // 4) & (out_column < cols))
     if tl.program_id(0) == 0:
-        tl.store(scale_ptr, pow2(exponent))
+        store_copies(scale_ptr, pow2(exponent), cols)
 
 
 def _tile_bytes(q: ScaledTensor) -> torch.Tensor:
@@ -275,7 +277,7 @@ def quantize_given_transposed(w: torch.Tensor, amax: torch.Tensor, increment: fl
     plan = WEIGHT_PLAN if plan is None else plan
     rows, cols = w.shape
     payload = common.empty((cols, rows // 4), torch.int32, w.device)
-    scale = common.empty((), torch.float32, w.device)
+    scale = common.empty((cols,), torch.float32, w.device)
     width = 64
     grid = (cdiv(rows, plan.rows) * cdiv(cols, width),)
     launch(
@@ -294,4 +296,4 @@ def quantize_given_transposed(w: torch.Tensor, amax: torch.Tensor, increment: fl
         COLUMNS_FIRST=plan.columns_first,
         num_warps=plan.warps,
     )
-    return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")
+    return ScaledTensor(payload.view(fmt.dtype), scale[0], "tensor", row_scale=scale)

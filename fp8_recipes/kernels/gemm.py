@@ -252,11 +252,17 @@ def _gemm_torch(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None, pro
     if a.granularity == b.granularity == "tensor":
         scale_a, scale_b = a.scale, b.scale
     else:  # torch takes one scale per row and column or two scalars, nothing between
-        scale_a, scale_b = (q.scale.expand(q.shape[0]).contiguous() for q in (a, b))
-        scale_a, scale_b = scale_a[:, None], scale_b[None, :]
+        scale_a, scale_b = row_scale(a)[:, None], row_scale(b)[None, :]
     return torch._scaled_mm(
         a.payload, b.payload.t(), scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=sums_fast(a.shape[1], promote)
     )
+
+
+def row_scale(q: ScaledTensor) -> torch.Tensor:
+    """One scale per row, [rows] fp32, whichever of the two forms ``q`` has."""
+    if q.granularity == "row":
+        return q.scale
+    return q.scale.expand(q.shape[0]).contiguous() if q.row_scale is None else q.row_scale
 
 
 def gemm_persistent(

@@ -26,6 +26,7 @@ from .common import (
     pow2,
     scale_bytes,
     scale_exponent,
+    store_copies,
     to_fp32,
 )
 from .launch import launch
@@ -142,14 +143,14 @@ def given_exponent(amax_ptr, increment, E5M2: tl.constexpr):
 
 
 @triton.jit
-def _quantize_given_kernel(x_ptr, payload_ptr, scale_ptr, amax_ptr, increment, numel, BLOCK: tl.constexpr, E5M2: tl.constexpr):
+def _quantize_given_kernel(x_ptr, payload_ptr, scale_ptr, amax_ptr, increment, numel, copies, BLOCK: tl.constexpr, E5M2: tl.constexpr):
     exponent = given_exponent(amax_ptr, increment, E5M2)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < numel
     x = to_fp32(tl.load(x_ptr + offset, mask=mask, other=0.0))
     tl.store(payload_ptr + offset, encode(finite_or_nan(x * pow2(-exponent)), E5M2), mask=mask)
     if tl.program_id(0) == 0:
-        tl.store(scale_ptr, pow2(exponent))
+        store_copies(scale_ptr, pow2(exponent), copies)
 
 
 @triton.jit
@@ -235,10 +236,10 @@ def _quantize_blocks(x: torch.Tensor, fmt: Format) -> ScaledTensor:
 def _quantize_given(x: torch.Tensor, amax: torch.Tensor, increment: float, fmt: Format) -> ScaledTensor:
     """One scale for the whole tensor, from ``amax + increment`` read on the device."""
     payload = common.empty(tuple(x.shape), torch.uint8, x.device)
-    scale = common.empty((), torch.float32, x.device)
+    scale = common.empty((x.shape[0],), torch.float32, x.device)
     grid = (cdiv(x.numel(), FLAT),)
-    launch(_quantize_given_kernel, grid, x, payload, scale, amax, float(increment), x.numel(), BLOCK=FLAT, E5M2=is_e5m2(fmt))
-    return ScaledTensor(payload.view(fmt.dtype), scale, "tensor")
+    launch(_quantize_given_kernel, grid, x, payload, scale, amax, float(increment), x.numel(), x.shape[0], BLOCK=FLAT, E5M2=is_e5m2(fmt))
+    return ScaledTensor(payload.view(fmt.dtype), scale[0], "tensor", row_scale=scale)
 
 
 def quantize_weight(w: torch.Tensor, amax: torch.Tensor, increment: float = 0.0, fmt: Format = E4M3, *, transpose: bool = False) -> ScaledTensor:
@@ -257,7 +258,8 @@ def quantize_weight(w: torch.Tensor, amax: torch.Tensor, increment: float = 0.0,
         return quantize_given_transposed(w, amax, increment, fmt)
     q = _quantize_given(w, amax, increment, fmt)
     if transpose:  # the transposing kernel writes 4 bytes at a time; no GEMM takes such a weight anyway
-        q.payload = q.payload.view(torch.uint8).t().contiguous().view(fmt.dtype)
+        payload = q.payload.view(torch.uint8).t().contiguous().view(fmt.dtype)
+        return ScaledTensor(payload, q.scale, "tensor")
     return q
 
 

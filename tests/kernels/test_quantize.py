@@ -105,6 +105,8 @@ def test_weight(device, shape, transpose, fmt):
     for increment in (0.0, 1e-3, 5.0):  # 1e-3 crosses 1.75, where the scale doubles; most of the data saturates
         actual = quantize.quantize_weight(w, amax, increment, fmt, transpose=transpose)
         assert_bitwise(actual, reference.quantize_weight(w, amax, increment, fmt, transpose=transpose))
+        if actual.row_scale is not None:  # None: a shape that no GEMM takes
+            assert torch.equal(actual.row_scale, actual.scale.expand(actual.shape[0]))
 
 
 @formats
