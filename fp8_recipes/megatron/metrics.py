@@ -108,15 +108,15 @@ def observe_quantised(chunks: list[torch.nn.Module], hooks: MonitorHooks) -> Non
         observe_modules(named, hooks)
         predicted += [(f"{path}.weight", p) for path, module in named for p in module.parameters(recurse=False) if hasattr(p, ATTRIBUTE)]
         if getattr(layer.mlp, "linear_fc2", None) is not None:
-            layer.mlp.fp8_observer = _fused_observer(hooks, name)  # type: ignore[union-attr]
+            layer.mlp.fp8_observer = _fused_observer(hooks, layer, name)  # type: ignore[union-attr]
     hooks.before_reading.append(lambda: _add_predicted(hooks, predicted))
 
 
-def _fused_observer(hooks: MonitorHooks, name: str) -> Any:
+def _fused_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) -> Any:
     """For the fused MLP, where fc2 is not called as a module: its input exists as FP8 only, so its kurtosis is that of the payload."""
 
     def observer(linear: str, role: str, x: torch.Tensor | None, q: ScaledTensor) -> None:
-        if not hooks.active:
+        if not (hooks.active and layer.training):
             return
         hooks.observe(f"{name}.mlp.{linear}", role, x, q)
         if (linear, role) == ("linear_fc2", "input") and not in_backward():

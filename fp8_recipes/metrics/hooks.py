@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,10 +143,14 @@ def observe_linears(model: torch.nn.Module, hooks: MonitorHooks) -> int:
     count = 0
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            name = layer_name(path)
-            module.observer = lambda role, x, q, name=name: hooks.observe(name, role, x, q)
+            module.observer = partial(_report, hooks, module, layer_name(path))
             count += 1
     return count
+
+
+def _report(hooks: MonitorHooks, module: torch.nn.Module, name: str, role: str, x: torch.Tensor, q: ScaledTensor) -> None:
+    if module.training:  # evaluation may run between two steps
+        hooks.observe(name, role, x, q)
 
 
 def layer_name(path: str) -> str:

@@ -37,13 +37,14 @@ def _after_forward(name: str, hooks: MonitorHooks, module: Any, args: tuple[Any,
     for key, i, quantizer in ours:
         if quantizer.observer is None:
             part = f".fc{i // (3 if key == 'scaling_fwd' else 2) + 1}" if len(ours) > 3 else ""  # LayerNormMLP holds two linears
-            quantizer.observer = partial(_report, hooks, name + part)
+            quantizer.observer = partial(_report, hooks, module, name + part)
     if not ours and not in_backward():
         _delayed(name, hooks, module, first_tensor((*args, *kwargs.values())))
 
 
-def _report(hooks: MonitorHooks, name: str, tensor_type: str, x: torch.Tensor | None, q: Any) -> None:
-    hooks.observe(name, "grad" if tensor_type == "grad_output" else tensor_type, x, q)
+def _report(hooks: MonitorHooks, module: Any, name: str, tensor_type: str, x: torch.Tensor | None, q: Any) -> None:
+    if module.training:  # evaluation runs between two steps
+        hooks.observe(name, "grad" if tensor_type == "grad_output" else tensor_type, x, q)
 
 
 def _delayed(name: str, hooks: MonitorHooks, module: Any, x: torch.Tensor | None) -> None:

@@ -129,6 +129,8 @@ def test_quantised_tensors_are_named_by_layer_and_role() -> None:
     hooks.active = False
     model(batch()).sum().backward()
     hooks.active = True
+    with torch.no_grad():
+        model.eval()(batch())
     readings = hooks.end_step(2)
     assert readings is not None and all(r.elements == 0 for r in readings.values())
 

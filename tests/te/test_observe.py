@@ -45,6 +45,7 @@ def test_our_quantizers_report_input_and_gradient_from_the_second_microbatch_on(
     hooks.active = False
     module(x)
     hooks.active = True
+    module.eval()(x)
     readings = hooks.end_step(2)
     assert readings is not None and readings["layers.1.fc.input"].elements == 0
 
