@@ -103,6 +103,7 @@ def plot_kurtosis(path: Path, runs: Sequence[RunLog]) -> bool:
     if not tensors:
         return False
     from matplotlib import colormaps
+    from matplotlib.ticker import LogFormatter
 
     figure = _figure(3.4 * len(tensors) + 0.8, 2.9 * len(runs) + 0.4)
     grid = figure.subplots(len(runs), len(tensors), sharex="col", sharey=True, squeeze=False)
@@ -118,6 +119,8 @@ def plot_kurtosis(path: Path, runs: Sequence[RunLog]) -> bool:
                     y = layers[alarm["layer"]][alarm["step"]]
                     axis.plot(alarm["step"], y, "o", markersize=8, markerfacecolor="none", markeredgecolor=ALARM, markeredgewidth=1.6)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())  # 10 and 100 rather than powers
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
             _tidy(axis)
         row[0].set_ylabel(f"{run.name}\nkurtosis" if len(runs) > 1 else "kurtosis")
     for axis, tensor in zip(grid[0], tensors, strict=True):
