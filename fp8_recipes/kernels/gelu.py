@@ -62,7 +62,8 @@ def _tail(x):
 @triton.jit
 def _value(x):
     tail, bell = _tail(x)
-    return x * tl.where(x > 0, 1.0 - tail, tail)
+    # x * 0 instead of 0 gives a zero on the left its sign. A NaN that the maximum drops comes back in the product.
+    return tl.maximum(x, x * 0.0) - tl.abs(x) * tail
 
 
 @triton.jit

@@ -24,6 +24,9 @@ from .launch import launch
 from .quantize import quantize
 from .rows import MAX_ROW, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
 
+WIDE_REGISTERS = 128
+"""Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor instead of one, for a few spilled registers."""
+
 # 2**(x log2(e)) on the special-function unit. Flushing subnormals does not matter: 1 is subtracted from the result.
 _EXP = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }")
 
@@ -37,17 +40,12 @@ def _exp(x):
 
 
 @triton.jit
-def _left(x):
-    """(e^n - 1, e^n - 1 - n) for n = min(x, 0)."""
-    n = tl.minimum(x, 0.0)
-    rise = _exp(n) - 1.0
-    # Two terms where the reference takes three: off by 1e-4 of itself at most, and that is 2e-6 of y.
-    return rise, tl.where(n > -0.03125, n * n * (0.5 + n * 0.16666667), rise - n)
-
-
-@triton.jit
-def _value(x, left, alpha_p, alpha_n):
-    return tl.where(x > 0, alpha_p * x * x, alpha_n * left) + 0.5 * x
+def _value(x, alpha_p, alpha_n):
+    """xIELU. What a branch computes for the other's x is dropped, Inf included; on the right of -1/32 both are x^2 times a slope."""
+    far = alpha_n * _exp(x) - (alpha_n * x + alpha_n)
+    # Two terms where the reference takes three: off by 1e-4 of the curved part at most, and that is 2e-6 of y.
+    near = x * x * tl.where(x > 0, alpha_p, alpha_n * 0.5 + x * (alpha_n * 0.16666667))
+    return tl.where(x > -0.03125, near, far) + 0.5 * x
 
 
 @triton.jit
@@ -57,8 +55,7 @@ def _sum(x):
 
 @triton.jit
 def _xielu(x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
-    rise, left = _left(x)
-    y = _value(x, left, alpha_p, alpha_n)
+    y = _value(x, alpha_p, alpha_n)
     if PROB:
         y = y * prob
     return finite_or_nan(y)
@@ -67,13 +64,13 @@ def _xielu(x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
 @triton.jit
 def _xielu_gradients(dy, x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
     """(dh of a piece, and its sums for alpha_p, alpha_n and prob)."""
-    rise, left = _left(x)
     dprob = 0.0
     if PROB:
-        dprob = _sum(dy * _value(x, left, alpha_p, alpha_n))
+        dprob = _sum(dy * _value(x, alpha_p, alpha_n))
         dy = dy * prob
+    rise = _exp(x) - 1.0
     dalpha_p = _sum(tl.where(x > 0, dy * x * x, 0.0))
-    dalpha_n = _sum(tl.where(x > 0, 0.0, dy * left))
+    dalpha_n = _sum(tl.where(x > 0, 0.0, dy * tl.where(x > -0.03125, x * x * (0.5 + x * 0.16666667), rise - x)))
     slope = tl.where(x > 0, 2 * alpha_p * x, alpha_n * rise) + 0.5
     return finite_or_nan(dy * slope), dalpha_p, dalpha_n, dprob
 
@@ -213,8 +210,11 @@ def xielu_backward_quantize(
     rows, cols = h.shape
     r = row_result(cols, granularity, fold, fmt)
     q, pointers = empty_rows(rows, cols, r, fmt, h.device)
+    constants = r.constants
+    if constants["num_warps"] == 8 and granularity != "row":
+        constants = {**constants, "maxnreg": WIDE_REGISTERS}
     partial = common.empty((2, rows), torch.float32, h.device)
     given, dprob = (h, None) if prob is None else (prob, common.empty((rows,), torch.float32, h.device))
     outputs = (partial, partial if dprob is None else dprob)
-    launch(_xielu_backward_quantize_kernel, (rows,), dy, h, *pointers, alpha, given, *outputs, cols, PROB=prob is not None, **r.constants)
+    launch(_xielu_backward_quantize_kernel, (rows,), dy, h, *pointers, alpha, given, *outputs, cols, PROB=prob is not None, **constants)
     return XieluGradients(q, partial.sum(dim=1, dtype=torch.float64).float(), dprob)
