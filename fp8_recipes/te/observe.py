@@ -52,6 +52,8 @@ def _delayed(name: str, hooks: MonitorHooks, module: Any, x: torch.Tensor | None
     recipe = module.fp8_meta.get("recipe")
     if recipe is None or not recipe.delayed() or hasattr(module, "layer_norm_weight") or x is None:
         return
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):  # grouped linears and attention, whose scales are laid out otherwise
+        return
     fmt = E5M2 if str(getattr(recipe.fp8_format, "name", "")) == "E5M2" else E4M3
     decode = module.fp8_meta["scaling_fwd"].scale.reciprocal()  # TransformerEngine keeps the factor that encodes
     hooks.table.add(f"{name}.input", x, scale=decode[0], fmt=fmt)

@@ -83,6 +83,11 @@ def test_delayed_scaling_counts_from_the_scale_in_force() -> None:
     module(x)
     readings = hooks.end_step(2)
     assert readings is not None and readings["fc.input"].elements == 0
+    del module.layer_norm_weight, module.weight  # a grouped linear, attention: no one weight
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    hooks.active = True
+    module(x)
+    assert (hooks.end_step(2) or {})["fc.input"].elements == 0
     module.fp8 = False
     hooks.active = True
     module(x)
