@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fp8_recipes import from_name
+from fp8_recipes.architecture import ARCHITECTURES
 from fp8_recipes.demo import (
     DemoError,
     MasterWeights,
@@ -180,9 +181,20 @@ def test_device_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == ("cuda", "Old GPU")
 
 
+@pytest.mark.parametrize("name", ["fog-max", "fog-opt", "fog-flash", "op"])
+def test_other_architectures_learn_and_follow_their_baseline(text: Text, name: str) -> None:
+    config = replace(TINY, steps=40, gpt=replace(TINY.gpt, kv_heads=1, arch=ARCHITECTURES[name]))
+    baseline, quantised = compare(MOSS, config, text)
+    assert baseline.final_loss(10) < baseline.losses[0] - 1
+    assert abs(deviation(quantised.final_loss(10), baseline.final_loss(10))) < 1.0
+    assert all(c.saturations == 0 and c.nonfinite == 0 for c in quantised.counts.values())
+
+
 @pytest.mark.gpu
-def test_gpu_run_follows_bf16(text: Text) -> None:
-    config = replace(TINY, device="cuda", steps=40, gpt=replace(TINY.gpt, width=256, heads=2, ffn=512, seq=128), batch=4, peak_lr=1e-3)
+@pytest.mark.parametrize("name", ["llama3", "fog-max", "fog-flash"])
+def test_gpu_run_follows_bf16(text: Text, name: str) -> None:
+    gpt = replace(TINY.gpt, width=256, heads=2, ffn=512, seq=128, arch=ARCHITECTURES[name])
+    config = replace(TINY, device="cuda", steps=40, gpt=gpt, batch=4, peak_lr=1e-3)
     baseline, quantised = compare(MOSS, config, text)
     assert baseline.final_loss(10) < baseline.losses[0] - 1
     assert abs(deviation(quantised.final_loss(10), baseline.final_loss(10))) < 1.0
