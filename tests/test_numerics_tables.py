@@ -70,4 +70,4 @@ def test_recipes_document_gives_the_defaults() -> None:
     for field in dataclasses.fields(Recipe):
         if field.name != "name":
             line = next(line for line in fields.splitlines() if line.startswith("|") and f"`{field.name}`" in line)
-            assert f"({str(field.default).lower()})" in line, f"{field.name} is {field.default} by default"
+            assert f"({str(field.default).lower() or 'empty'})" in line, f"{field.name} is {field.default} by default"

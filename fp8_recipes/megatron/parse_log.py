@@ -141,12 +141,12 @@ def plot(runs: dict[str, dict[int, float]], path: str | Path) -> None:
     baseline = next(iter(runs))
     for name, losses in runs.items():
         steps = list(losses)
-        curve.plot(steps, [losses[s] for s in steps], label=name, linewidth=1)
+        (line,) = curve.plot(steps, [losses[s] for s in steps], label=name, linewidth=1)
         if name != baseline:
             relative = [100 * (losses[s] / runs[baseline][s] - 1) for s in steps]
             width = max(1, len(steps) // 50)
             means = [math.fsum(relative[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(relative))]
-            deviation.plot(steps, means, label=name, linewidth=1)
+            deviation.plot(steps, means, color=line.get_color(), linewidth=1)
     curve.set_ylabel("loss")
     curve.legend()
     deviation.axhline(0.0, color="black", linewidth=0.5)
