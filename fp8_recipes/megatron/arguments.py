@@ -86,6 +86,10 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if "--fp8-log" not in actions:
         group = parser.add_argument_group("fp8_recipes")
         group.add_argument("--fp8-log", metavar="PATH", default=None, help="append one JSON line per iteration: loss at full precision, time, peak memory")
+        every = "every N iterations: kurtosis per layer and, under FP8, saturated and flushed shares and scale ranges (docs/metrics.md); 0 = never"
+        group.add_argument("--fp8-metrics-interval", metavar="N", type=int, default=0, help=every)
+        group.add_argument("--fp8-metrics-log", metavar="PATH", default=None, help="append the metrics as JSON lines, for fp8-recipes inspect")
+        group.add_argument("--fp8-alarm", choices=("warn", "stop"), default="warn", help="an alarm of the metrics warns, or saves and ends the run")
     return parser
 
 

@@ -146,7 +146,7 @@ def install(model: Any, args: Any) -> RunMetrics | None:
     if getattr(args, "fp8", None):
         observe_quantised(chunks, hooks)
     warmup = max(Thresholds.warmup, int(getattr(args, "lr_warmup_iters", 0) or 0))
-    stops = getattr(args, "fp8_alarm", "warn") == "stop"
+    stops = _stops(args)
     _Installed.run = RunMetrics(
         hooks, alarms=Alarms(Thresholds(warmup=warmup)), stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None
     )
@@ -154,14 +154,24 @@ def install(model: Any, args: Any) -> RunMetrics | None:
     return _Installed.run
 
 
+def _stops(args: Any) -> bool:
+    return getattr(args, "fp8_alarm", "warn") == "stop"
+
+
 def check(args: Any) -> None:
     """Raise RecipeError, naming the flag and the way out, where the metrics cannot be right."""
-    if args.fp8_metrics_interval < 0:
-        raise RecipeError(f"--fp8-metrics-interval {args.fp8_metrics_interval}: must be 0 (off) or a number of iterations")
+    interval = getattr(args, "fp8_metrics_interval", 0) or 0
+    if interval < 0:
+        raise RecipeError(f"--fp8-metrics-interval {interval}: must be 0 (off) or a number of iterations")
+    if interval == 0:
+        idle = [flag for flag, given in (("--fp8-metrics-log", getattr(args, "fp8_metrics_log", None)), ("--fp8-alarm stop", _stops(args))) if given]
+        if idle:
+            raise RecipeError(f"{', '.join(idle)} does nothing without --fp8-metrics-interval N (10, say); add it or drop the flag")
+        return
     graphs = getattr(args, "cuda_graph_impl", "none")
     if graphs not in (None, "none"):
         raise RecipeError(f"--cuda-graph-impl {graphs}: a replayed graph calls no hooks, so the metrics would miss it; use --fp8-metrics-interval 0 with it")
-    if getattr(args, "fp8_alarm", "warn") == "stop" and not getattr(args, "save", None):
+    if _stops(args) and not getattr(args, "save", None):
         raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH")
 
 

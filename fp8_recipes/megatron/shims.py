@@ -21,7 +21,7 @@ import torch
 
 from ..recipe import RecipeError
 from ..te.shims import replace
-from . import arguments
+from . import arguments, metrics
 
 SUPPORTED = ((0, 19), (0, 20))
 """Megatron-Core versions [from, to) that the shims were tried with (0.19.2)."""
@@ -111,6 +111,7 @@ def early_validation() -> None:
         def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
             notes = arguments.prepare(args)
             arguments.check(args)
+            metrics.check(args)
             if getattr(args, "rank", 0) == 0:
                 for note in notes:
                     print(f"fp8_recipes: {note}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..weight_scaling import WeightScaling
-from . import arguments, report
+from . import arguments, metrics, report
 
 _clocks: list[WeightScaling] = []
 """Clocks of the models built in this process, for `reanchor_all`."""
@@ -63,11 +63,16 @@ def reanchor_all() -> None:
 
 
 def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> WeightScaling | None:
-    """Print what runs in which precision and start automatic weight scaling if a recipe in use predicts. Returns the clock, or None."""
+    """Print what runs in which precision, start automatic weight scaling if a recipe in use predicts (returns its clock), and the metrics if asked for."""
     chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     specs = specs_in_use(args)
-    if not specs:
-        return None
+    clock = _start_scaling(args, chunks, optimizer, specs) if specs else None
+    if metrics.install(chunks, args) is not None:  # after the scales: it reports weights under them; and for bf16 and stock recipes too
+        metrics.install_training_log()
+    return clock
+
+
+def _start_scaling(args: Any, chunks: list[Any], optimizer: Any, specs: list[str]) -> WeightScaling | None:
     from .shims import refuse_wrong_device
 
     if torch.cuda.is_available():

@@ -308,3 +308,26 @@ def test_stop_leaves_through_exit_interval(monkeypatch: pytest.MonkeyPatch, caps
     metrics._save_and_exit([Alarm(40, "kurtosis", "layers.1.qkv", 2.0, 1.0, "step 40, layer 1, qkv: grows")])
     assert metrics._Installed.args.exit_interval == 40
     assert "step 40, layer 1, qkv: grows; saving a checkpoint" in capsys.readouterr().out
+
+
+class TestFlags:
+    def test_defaults_are_off(self, configure):
+        args, _ = configure("--fp8-recipe moss")
+        assert (args.fp8_metrics_interval, args.fp8_metrics_log, args.fp8_alarm) == (0, None, "warn")
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            ("--fp8-metrics-interval -1", "--fp8-metrics-interval -1: must be 0"),
+            ("--fp8-metrics-log x.jsonl", "--fp8-metrics-log does nothing without --fp8-metrics-interval"),
+            ("--fp8-alarm stop", "--fp8-alarm stop does nothing without --fp8-metrics-interval"),
+            ("--fp8-metrics-interval 10 --fp8-alarm stop", "needs --save"),
+        ],
+    )
+    def test_what_cannot_work_is_refused(self, configure, flags, words):
+        with pytest.raises(RecipeError, match=words):
+            configure(f"--fp8-recipe moss {flags}")
+
+    def test_bf16_may_be_watched(self, configure):
+        args, _ = configure("--fp8-metrics-interval 10 --fp8-metrics-log x.jsonl")
+        assert args.fp8_metrics_interval == 10
