@@ -20,7 +20,15 @@ POINTERS = {"scale_ptr": "*fp32", "tile_exponent_ptr": "*u8", "payload_ptr": "*u
 POINTERS |= {"global_ptr": "*fp32", "rstd_ptr": "*fp32", "target_ptr": "*u8", "prob_ptr": "*fp32", "prob_gradient_ptr": "*fp32"}
 POINTERS |= {"alpha_ptr": "*fp32", "alpha_gradient_ptr": "*fp32", "h_scale_ptr": "*fp32", "saved_ptr": "*u8", "table_ptr": "*i64"}
 SCALARS = {"increment": "fp32", "eps": "fp32"}
-LOCAL = [{"LOCAL": "micro", "FOLD": True}, {"LOCAL": "row", "FOLD": False}, {"LOCAL": "tile", "FOLD": False}]
+LOCAL = {name: {"LOCAL": name, "FOLD": name == "micro"} for name in ("micro", "row", "tile")}
+ROWS = [  # granularity, E5M2, columns (4096: one block; 11008: block and tail), PROB: every pair of values of any two of them stands in one of the six
+    ("micro", False, 4096, False),
+    ("micro", True, 11008, True),
+    ("row", False, 11008, True),
+    ("row", True, 4096, False),
+    ("tile", False, 4096, True),
+    ("tile", True, 11008, False),
+]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
 SIGMOID = "ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32"  # between 0 and 1, plus 1: what is flushed does not count
 EXP_MINUS_1 = re.compile(r"(ex2|rcp)\.approx\.ftz\.f32 \S+, t;")  # xielu: 1 is subtracted from it; gelu: the tail below 1e-38, and 1 / (1 + |x|)
@@ -30,26 +38,25 @@ TRANSPOSE = {"PARTS": 128, "COLUMNS_FIRST": True}
 def cases() -> list[tuple[str, str, dict, dict, int]]:
     """(module, kernel, constants, types of arguments that differ from the usual, least 16-byte loads)."""
     found: list[tuple[str, str, dict, dict, int]] = []
+    for local, e5m2, cols, prob in ROWS:
+        row = {"cols_for_plan": cols, "E5M2": e5m2, **LOCAL[local]}
+        found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
+        found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
+        row = {**row, "PROB": prob}
+        found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": False}, {}, 6))
+        found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
+        found.append(("xielu", "_xielu_quantize_kernel", row, {}, 3))
+        found.append(("xielu", "_xielu_backward_quantize_kernel", row, {}, 6))
+        found.append(("gelu", "_gelu_quantize_kernel", row, {}, 3))
+        found.append(("gelu", "_gelu_backward_quantize_kernel", row, {}, 6))
     for e5m2 in (False, True):
-        for mode in LOCAL:
-            for cols in (4096, 11008):
-                row = {"cols_for_plan": cols, "E5M2": e5m2, **mode}
-                found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
-                found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
-                for prob in (False, True):
-                    found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "PROB": prob, "H": "", "SAVE": False}, {}, 6))
-                    found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "PROB": prob, "H": ""}, {}, 6))
-                    found.append(("xielu", "_xielu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
-                    found.append(("xielu", "_xielu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
-                    found.append(("gelu", "_gelu_quantize_kernel", {**row, "PROB": prob}, {}, 3))
-                    found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "PROB": prob}, {}, 6))
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
                 constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}
                 found.append(("fold_transpose", "_fold_transpose_kernel", constants, {**WORDS, "source_ptr": source}, 8))
         found.append(("fold_transpose", "_quantize_given_transposed_kernel", {"TR": 128, "TC": 64, "COLUMNS_FIRST": True, "E5M2": e5m2}, WORDS, 8))
         found.append(("fold_transpose", "_fold_transpose_bytes_kernel", {"PARTS": 128, "GROUP": 32, "E5M2": e5m2}, {"source_ptr": "*u8"}, 0))
-        found.append(("quantize", "_quantize_wide_rows_kernel", {"TILES": 32, "GLOBAL": False, "E5M2": e5m2, **LOCAL[0]}, {}, 4))
+        found.append(("quantize", "_quantize_wide_rows_kernel", {"TILES": 32, "GLOBAL": False, "E5M2": e5m2, **LOCAL["micro"]}, {}, 4))
         found.append(("quantize", "_quantize_block_kernel", {"E5M2": e5m2, "num_warps": 8}, {}, 4))
         found.append(("quantize", "_quantize_given_kernel", {"BLOCK": 4096, "E5M2": e5m2}, {}, 4))
         fold = {"ROWS_PER_SCALE": 1, "COLS_PER_SCALE": 32, "BLOCK": 4096, "E5M2": e5m2}
@@ -77,11 +84,11 @@ def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
             found.append(("experts", "_quantize_experts_kernel", {"BLOCK": 8192, "ALIGNED": aligned, **form}, {}, 8 * aligned))
             tile = {"TR": 128, "TC": 64, "ALIGNED": aligned, **form}
             found.append(("experts", "_quantize_experts_transposed_kernel", tile, {"out_ptr": "*i32"}, 8 * aligned))
-        for cols in (768, 1408, 2048, 7168):
-            row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, **form}
-            found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": True, "per_thread": 24}, {}, 4))
-            found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 2))
-            found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 4))
+    for e5m2, cols in ((False, 768), (True, 1408), (False, 2048), (True, 7168)):
+        row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, "E5M2": e5m2}
+        found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": True, "per_thread": 24}, {}, 4))
+        found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 2))
+        found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 4))
     found.append(("experts", "_measure_experts_kernel", {"BLOCK": 4096, "ALIGNED": True}, {"partial_ptr": "*fp32"}, 4))
     return found
 
@@ -173,9 +180,9 @@ def compile_all() -> list[dict]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-def test_kernels_compile_for_hopper(tmp_path):
+def test_kernels_compile_for_hopper():
     root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": str(root)}  # with Triton's cache as it is: its key is the source, the options and the compiler
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
