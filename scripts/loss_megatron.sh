@@ -4,7 +4,9 @@
 #   scripts/loss_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=gpt_104m STEPS=800 TEXT_MB=150 scripts/loss_megatron.sh out bf16 moss tensorwise
 #   PARALLEL=1 scripts/loss_megatron.sh out bf16 moss tensorwise      # one GPU per recipe, all at once
+#   START=300 scripts/loss_megatron.sh out bf16 moss tensorwise       # the first recipe for 300 steps, then every recipe from that checkpoint
 #
+# Small models scatter by most of a percent from scratch, two bf16 runs included; from a common start a band of 0.25 % can be measured (docs/benchmarks.md).
 # Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Writes OUT_DIR/RECIPE.jsonl and .log, then
 # OUT_DIR/loss.csv, loss_summary.csv and loss.png. A recipe whose RECIPE.jsonl has all STEPS already is not run again. EXTRA: more Megatron flags for every run.
 set -euo pipefail
@@ -17,6 +19,7 @@ mkdir -p "$out"
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 steps=${STEPS:-800}
+start=${START:-}
 data=${DATA:-}
 if [[ -z "$data" ]]; then
   data="$out/text"
@@ -24,12 +27,14 @@ if [[ -z "$data" ]]; then
 fi
 read -r -a extra <<<"${EXTRA:-}"
 
-# train RECIPE NAME: every run builds its own index cache, so that parallel runs do not write the same files.
+# train RECIPE NAME [Megatron flags...]: every run builds its own index cache, so that parallel runs do not write the same files.
 train() {
   local recipe=$1 name=$2 status=0
+  shift 2
   rm -f "$out/$name.jsonl"
+  [[ -z "$start" || "$name" == start ]] || cp "$out/start.jsonl" "$out/$name.jsonl"
   "$here/launch.sh" --model "${MODEL:-gpt_104m}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "$steps" --data "$data" --log "$out/$name.jsonl" \
-    -- --seed "${SEED:-1234}" --data-cache-path "$out/cache/$name" "${extra[@]}" >"$out/$name.log" 2>&1 || status=$?
+    -- --seed "${SEED:-1234}" --data-cache-path "$out/cache/$name" "${extra[@]}" "$@" >"$out/$name.log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$out/$name.log" >&2
     echo "loss_megatron.sh: $recipe ended with status $status; its log is $out/$name.log" >&2
@@ -37,6 +42,15 @@ train() {
   return "$status"
 }
 
+resume=()
+if [[ -n "$start" ]]; then
+  checkpoint=(--ckpt-format torch_dist)
+  if [[ ! -f "$out/start_checkpoint/latest_checkpointed_iteration.txt" ]]; then  # written last: a killed start is made again
+    echo "== $1 to step $start -> $out/start_checkpoint"
+    train "$1" start "${checkpoint[@]}" --exit-interval "$start" --save-interval "$start" --save "$out/start_checkpoint"
+  fi
+  resume=("${checkpoint[@]}" --load "$out/start_checkpoint")
+fi
 logs=() jobs=() index=0
 for recipe in "$@"; do
   name=${recipe//[:,=\/]/_}
@@ -47,11 +61,11 @@ for recipe in "$@"; do
   fi
   echo "== $recipe -> $out/$name.jsonl"
   if [[ -n "${PARALLEL:-}" ]]; then
-    CUDA_VISIBLE_DEVICES=$index MASTER_PORT=$((29500 + index)) train "$recipe" "$name" &
+    CUDA_VISIBLE_DEVICES=$index MASTER_PORT=$((29500 + index)) train "$recipe" "$name" "${resume[@]}" &
     jobs+=($!)
     index=$((index + 1))
   else
-    train "$recipe" "$name"
+    train "$recipe" "$name" "${resume[@]}"
   fi
 done
 for job in "${jobs[@]}"; do

