@@ -21,7 +21,7 @@ import torch
 
 from ..recipe import RecipeError
 from ..te.shims import replace
-from . import arguments, metrics
+from . import arguments, fog_arguments, metrics
 
 SUPPORTED = ((0, 19), (0, 20))
 """Megatron-Core versions [from, to) that the shims were tried with (0.19.2)."""
@@ -73,6 +73,7 @@ def install() -> None:
     recipe_of_module()
     fused_mlp()
     flow_moe()
+    embedding_multiplier()
     dataset_helpers()
     from .weight_scaling_hook import install as install_weight_scaling
 
@@ -109,7 +110,7 @@ def early_validation() -> None:
 
     def wrapper(original: Any) -> Any:
         def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-            notes = arguments.prepare(args)
+            notes = fog_arguments.prepare(args) + arguments.prepare(args)
             arguments.check(args)
             metrics.check(args)
             if getattr(args, "rank", 0) == 0:
@@ -201,6 +202,24 @@ def flow_moe() -> None:
         return forward(original)
 
     replace(upstream.MoELayer, "forward", wrapper)
+
+
+def embedding_multiplier() -> None:
+    """``LanguageModelEmbedding.forward``: multiplied by ``config.embedding_multiplier``, which `fog.block_spec` sets.
+
+    Upstream has such a factor only as a part of muP, together with everything else of it. 0.19. Can go when the factor has a field of its own.
+    """
+    from megatron.core.models.common.embeddings import language_model_embedding as upstream
+
+    def wrapper(original: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            y = original(self, *args, **kwargs)
+            multiplier = getattr(self.config, "embedding_multiplier", 1.0)
+            return y if multiplier == 1.0 else y * multiplier
+
+        return forward
+
+    replace(upstream.LanguageModelEmbedding, "forward", wrapper)
 
 
 # --- things that the released wheel lacks -----------------------------------------------------------------------------------------------------------------
