@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fp8_recipes.reference import dequantize
 from fp8_recipes.tensor import ScaledTensor
 
 
@@ -48,6 +49,17 @@ def snr_db(truth: torch.Tensor, approximation: torch.Tensor) -> float:
     truth, approximation = truth.double(), approximation.double()
     noise = (truth - approximation).square().sum().item()
     return math.inf if noise == 0 else 10 * math.log10(truth.square().sum().item() / noise)
+
+
+def assert_quantized(actual: ScaledTensor, expected: ScaledTensor, truth: torch.Tensor) -> None:
+    """As `expected` up to what a last place of exp or of a sum moves across a rounding boundary, and as near to the truth within 0.05 dB."""
+    assert actual.payload.dtype == expected.payload.dtype
+    assert_nearly_bitwise(actual.scale, expected.scale, 1e-4, "scale")
+    assert (actual.tile_exponent is None) == (expected.tile_exponent is None)
+    if actual.tile_exponent is not None and expected.tile_exponent is not None:
+        assert_nearly_bitwise(actual.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
+    assert_nearly_bitwise(actual.payload, expected.payload, 1e-3, "payload")
+    assert abs(snr_db(truth, dequantize(actual)) - snr_db(truth, dequantize(expected))) < 0.05
 
 
 def assert_snr(truth: torch.Tensor, approximation: torch.Tensor, at_least: float, name: str = "result") -> None:

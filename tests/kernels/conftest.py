@@ -37,6 +37,21 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "empty", poisoned)
 
 
+@pytest.fixture
+def tma_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter loads and stores through descriptors but lacks their reduction: give it one (add is all we use)."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_descriptor_reduce(self, kind, desc, value, indices):
+        assert "ADD" in str(kind).upper()
+        old = self.create_descriptor_load(desc, indices, None, None)
+        self.create_descriptor_store(desc, TensorHandle(old.data + value.data, value.dtype), indices)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
+
+
 @pytest.fixture(autouse=True)
 def quiet_numpy() -> None:
     """The interpreter computes with numpy, which warns where a GPU makes NaN silently."""

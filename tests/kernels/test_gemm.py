@@ -26,22 +26,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TILE = GemmConfig(64, 64, stages=2, subtiles=2, group=2, warps=4) if GPU else GemmConfig(16, 32, stages=2, subtiles=2, group=2)
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs one Hopper GPU")
+pytestmark = pytest.mark.usefixtures("tma_reduction")
 HOPPER_SHARED_BYTES = 227 * 1024
-
-
-@pytest.fixture(autouse=True)
-def tma_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter loads and stores through descriptors but lacks their reduction: give it one (add is all we use)."""
-    if GPU:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_descriptor_reduce(self, kind, desc, value, indices):
-        assert "ADD" in str(kind).upper()
-        old = self.create_descriptor_load(desc, indices, None, None)
-        self.create_descriptor_store(desc, TensorHandle(old.data + value.data, value.dtype), indices)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
 
 
 def integers(rows: int, cols: int, seed: int, fmt: Format = E4M3, granularity: str = "row") -> ScaledTensor:

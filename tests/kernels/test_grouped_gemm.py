@@ -11,6 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 from assertions import assert_bitwise, assert_snr
+from data import GROUPS, group_layout
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, whose own library is decorated then
@@ -26,43 +27,14 @@ module = import_module("fp8_recipes.kernels.grouped_gemm")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TILE = GroupedConfig(64, 64, stages=2, subtiles=2, group=2, warps=4) if GPU else GroupedConfig(64, 32, stages=2, subtiles=2, group=2)
-GROUPS = {
-    "ragged": (2, 0, 1, 1),
-    "all to one": (0, 3, 0),
-    "first and last empty": (0, 1, 2, 0),
-    "one expert": (2,),
-    "no tokens": (0, 0),
-}
-"""Blocks of 128 rows per expert; one more block is unused."""
+pytestmark = pytest.mark.usefixtures("tma_reduction")
 groups = pytest.mark.parametrize("blocks", GROUPS.values(), ids=GROUPS)
-
-
-@pytest.fixture(autouse=True)
-def tma_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter loads and stores through descriptors but lacks their reduction: give it one (add is all we use)."""
-    if GPU:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_descriptor_reduce(self, kind, desc, value, indices):
-        assert "ADD" in str(kind).upper()
-        old = self.create_descriptor_load(desc, indices, None, None)
-        self.create_descriptor_store(desc, TensorHandle(old.data + value.data, value.dtype), indices)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs, so that each has several tiles, of several experts."""
     monkeypatch.setattr(module, "_multiprocessors", lambda device: 3)
-
-
-def layout(blocks: tuple[int, ...]) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """(rows, offsets, block_expert), one unused block at the end."""
-    offsets = torch.tensor([0, *blocks]).cumsum(0).int() * 128
-    owner = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks)).tolist() + [-1]
-    return 128 * len(owner), offsets.to(DEVICE), torch.tensor(owner, dtype=torch.int32, device=DEVICE)
 
 
 def integers(*shape: int, seed: int, fmt: Format = E4M3) -> torch.Tensor:
@@ -76,7 +48,7 @@ def powers(*shape: int, seed: int) -> torch.Tensor:
 
 def operands(blocks: tuple[int, ...], n: int, k: int, fmt: Format = E4M3, per_feature: bool = True) -> tuple[ScaledTensor, GroupedTensor, torch.Tensor, int]:
     """a, b, block_expert and the number of used rows; the last rows of every group are padding, unused rows NaN."""
-    rows, offsets, block_expert = layout(blocks)
+    rows, offsets, block_expert = group_layout(blocks, DEVICE)
     used, experts = int(offsets[-1]), len(blocks)
     payload, scale = integers(rows, k, seed=1, fmt=fmt), powers(rows, seed=2)
     for start, stop in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
@@ -88,7 +60,7 @@ def operands(blocks: tuple[int, ...], n: int, k: int, fmt: Format = E4M3, per_fe
 
 
 def transposed(blocks: tuple[int, ...], n: int, k: int, fmt: Format = E4M3) -> tuple[GroupedTensor, GroupedTensor, torch.Tensor]:
-    rows, offsets, _ = layout(blocks)
+    rows, offsets, _ = group_layout(blocks, DEVICE)
     experts = len(blocks)
     pair = [GroupedTensor(integers(c, rows, seed=5 + i, fmt=f), powers(experts, c, seed=7 + i)) for i, (c, f) in enumerate(((n, fmt), (k, E4M3)))]
     for q in pair:
@@ -220,7 +192,7 @@ def test_promotion_of_wgrad_restarts_with_every_tile() -> None:
 
 def test_random_data_and_two_runs() -> None:
     torch.manual_seed(0)
-    rows, offsets, block_expert = layout((1, 2))
+    rows, offsets, block_expert = group_layout((1, 2), DEVICE)
     x, dy = (torch.randn(rows, c, device=DEVICE) * torch.randn(rows, 1, device=DEVICE).exp() for c in (144, 96))
     w = [reference.quantize(torch.randn(96, 144, device=DEVICE), "tensor") for _ in range(2)]
     b = GroupedTensor(torch.stack([q.payload for q in w]), torch.stack([q.scale for q in w]))

@@ -11,7 +11,7 @@ from assertions import assert_bitwise
 from data import nasty
 
 from fp8_recipes import reference
-from fp8_recipes.formats import FORMATS
+from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.kernels import combine_rows, gather_rows, route_map
 from fp8_recipes.reference import RowMap
 from fp8_recipes.tensor import ScaledTensor
@@ -81,11 +81,10 @@ def inputs(device: torch.device, cols: int, k: int, tokens: int = 23, experts: i
     return x, prob, reference.route_map(routing(tokens, k, experts, device, seed=k), experts)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 @pytest.mark.parametrize("granularity", ["row", "tile"])
-@pytest.mark.parametrize(("cols", "k"), [(128, 1), (144, 2), (16, 3), (400, 8)])
-def test_gather_payload(device, cols, k, granularity, fmt):
-    x, prob, row_map = inputs(device, cols, k)
+@pytest.mark.parametrize(("cols", "k", "fmt"), [(128, 1, E4M3), (144, 2, E5M2), (16, 3, E4M3), (400, 8, E5M2)], ids=str)
+def test_gather_payload(device, cols, k, fmt, granularity):
+    x, prob, row_map = inputs(device, cols, k, experts=2)
     q = reference.quantize(x, granularity, fmt)
     expected, expected_prob = reference.gather_rows(q, row_map, prob)
     actual, actual_prob = gather_rows(q, row_map, prob)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from assertions import assert_nearly_bitwise, snr_db
+from assertions import assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -32,11 +32,7 @@ def check(x, gamma, granularity, fold, fmt):
     truth = x.double() * truth_rstd[:, None] * gamma.double()
     assert torch.allclose(rstd.double(), truth_rstd, rtol=1e-6, atol=0)
     assert rstd.dtype == expected_rstd.dtype and rstd.shape == expected_rstd.shape
-    assert_nearly_bitwise(q.scale, expected.scale, 1e-4, "scale")
-    if expected.tile_exponent is not None:
-        assert_nearly_bitwise(q.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
-    assert_nearly_bitwise(q.payload, expected.payload, 1e-3, "payload")
-    assert abs(snr_db(truth, reference.dequantize(q)) - snr_db(truth, reference.dequantize(expected))) < 0.05
+    assert_quantized(q, expected, truth)
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)

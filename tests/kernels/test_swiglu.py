@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from assertions import assert_bitwise, assert_nearly_bitwise, snr_db
+from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -35,25 +35,15 @@ def truth(dy: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return y.detach(), grad
 
 
-def check(q, expected, exact):
-    assert q.payload.dtype == expected.payload.dtype
-    assert_nearly_bitwise(q.scale, expected.scale, 1e-4, "scale")
-    assert (q.tile_exponent is None) == (expected.tile_exponent is None)
-    if expected.tile_exponent is not None:
-        assert_nearly_bitwise(q.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
-    assert_nearly_bitwise(q.payload, expected.payload, 1e-3, "payload")
-    assert abs(snr_db(exact, reference.dequantize(q)) - snr_db(exact, reference.dequantize(expected))) < 0.05
-
-
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 @pytest.mark.parametrize(("granularity", "fold"), MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_swiglu(device, shape, granularity, fold, fmt):
     dy, h = inputs(*shape, device)
     y, grad = truth(dy, h)
-    check(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
+    assert_quantized(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
     actual = swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold)
-    check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
+    assert_quantized(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
 
 
 def assert_prob_gradient(actual: torch.Tensor, dy: torch.Tensor, h: torch.Tensor) -> None:
@@ -73,8 +63,8 @@ def test_prob(device, shape, granularity, fold):
     h[0, 0] = 9.0
     exact = reference_values(dy, h, prob)
     y, grad = swiglu_quantize(h, granularity, fold=fold, prob=prob), swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
-    check(y, reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), exact[0])
-    check(grad[0], reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], exact[1])
+    assert_quantized(y, reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), exact[0])
+    assert_quantized(grad[0], reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], exact[1])
     assert_prob_gradient(grad[1], dy, h)
     assert grad[1][1] == 0
     assert not y.payload[1].view(torch.uint8).any() and not grad[0].payload[1].view(torch.uint8).any()
@@ -108,14 +98,14 @@ def test_saved_h(device, shape, granularity, fold, fmt):
     expected_q, expected = reference.swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob, save_h=True)
     assert_bitwise(saved, expected)
     assert_bitwise(q, swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob), "the product without saving")
-    check(q, expected_q, reference_values(dy, h, prob)[0])
+    assert_quantized(q, expected_q, reference_values(dy, h, prob)[0])
     exact = reference_values(dy, reference.dequantize(saved), prob)
     again = swiglu_quantize(saved, granularity, fmt, fold=fold, prob=prob)
-    check(again, reference.swiglu_quantize(saved, granularity, fmt, fold=fold, prob=prob), exact[0])
+    assert_quantized(again, reference.swiglu_quantize(saved, granularity, fmt, fold=fold, prob=prob), exact[0])
     grad, dprob = swiglu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)
-    check(grad, reference.swiglu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)[0], exact[1])
+    assert_quantized(grad, reference.swiglu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)[0], exact[1])
     assert_prob_gradient(dprob, dy, reference.dequantize(saved))
-    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
+    assert_quantized(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
 
 
 def test_saved_h_of_padding_zero_and_bad_rows(device):
@@ -138,7 +128,7 @@ def test_saved_h_of_padding_zero_and_bad_rows(device):
 def test_formats_of_saved_h_and_of_the_gradient_differ(device):
     dy, h = inputs(4, 128, device)
     saved = swiglu_quantize(h, fmt=FORMATS["e5m2"], save_h=True)[1]
-    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
+    assert_quantized(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
     saved.payload.view(torch.uint8)[1, 3] = 0x7C  # Inf of E5M2
     assert reference.dequantize(swiglu_backward_quantize(dy, saved)).isnan().nonzero().tolist() == [[1, 3], [1, 131]]
 
@@ -147,12 +137,12 @@ def test_rows_too_wide_for_registers(device, monkeypatch):
     monkeypatch.setattr(module, "MAX_ROW", 256)
     dy, h = inputs(3, 384, device)
     y, grad = truth(dy, h)
-    check(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
-    check(swiglu_backward_quantize(dy, h), reference.swiglu_backward_quantize(dy, h), grad)
+    assert_quantized(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
+    assert_quantized(swiglu_backward_quantize(dy, h), reference.swiglu_backward_quantize(dy, h), grad)
     q, saved = swiglu_quantize(h, save_h=True)
     assert_bitwise(saved, reference.swiglu_quantize(h, save_h=True)[1])
-    check(q, reference.swiglu_quantize(h), y)
-    check(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
+    assert_quantized(q, reference.swiglu_quantize(h), y)
+    assert_quantized(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
 
 
 def test_bad_elements_stay_alone(device):
@@ -201,9 +191,9 @@ def test_real_sizes(device, shape, granularity, fold):
     dy, h = inputs(*shape, device)
     y, grad = truth(dy, h)
     for fmt in FORMATS.values():
-        check(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
+        assert_quantized(swiglu_quantize(h, granularity, fmt, fold=fold), reference.swiglu_quantize(h, granularity, fmt, fold=fold), y)
         actual = swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold)
-        check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
+        assert_quantized(actual, reference.swiglu_backward_quantize(dy, h, granularity, fmt, fold=fold), grad)
 
 
 @pytest.mark.gpu
@@ -213,9 +203,9 @@ def test_prob_real_sizes(device, shape):
     prob = torch.rand(shape[0], device=device)
     y, grad = reference_values(dy, h, prob)
     for granularity, fold in MODES[:4]:
-        check(swiglu_quantize(h, granularity, fold=fold, prob=prob), reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), y)
+        assert_quantized(swiglu_quantize(h, granularity, fold=fold, prob=prob), reference.swiglu_quantize(h, granularity, fold=fold, prob=prob), y)
         actual, dprob = swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)
-        check(actual, reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], grad)
+        assert_quantized(actual, reference.swiglu_backward_quantize(dy, h, granularity, fold=fold, prob=prob)[0], grad)
         assert_prob_gradient(dprob, dy, h)
 
 
@@ -227,10 +217,11 @@ def test_saved_h_real_sizes(device, shape):
     for fmt in FORMATS.values():
         q, saved = swiglu_quantize(h, "row", fmt, prob=prob, save_h=True)
         assert_bitwise(saved, reference.swiglu_quantize(h, "row", fmt, save_h=True)[1])
-        check(q, reference.swiglu_quantize(h, "row", fmt, prob=prob), reference_values(dy, h, prob)[0])
+        assert_quantized(q, reference.swiglu_quantize(h, "row", fmt, prob=prob), reference_values(dy, h, prob)[0])
         exact = reference_values(dy, reference.dequantize(saved), prob)
         for granularity, fold in MODES[:4]:
-            check(swiglu_quantize(saved, granularity, fold=fold, prob=prob), reference.swiglu_quantize(saved, granularity, fold=fold, prob=prob), exact[0])
+            q = swiglu_quantize(saved, granularity, fold=fold, prob=prob)
+            assert_quantized(q, reference.swiglu_quantize(saved, granularity, fold=fold, prob=prob), exact[0])
             actual, dprob = swiglu_backward_quantize(dy, saved, granularity, fold=fold, prob=prob)
-            check(actual, reference.swiglu_backward_quantize(dy, saved, granularity, fold=fold, prob=prob)[0], exact[1])
+            assert_quantized(actual, reference.swiglu_backward_quantize(dy, saved, granularity, fold=fold, prob=prob)[0], exact[1])
             assert_prob_gradient(dprob, dy, reference.dequantize(saved))

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from assertions import assert_bitwise, assert_nearly_bitwise, snr_db
+from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -38,16 +38,6 @@ def truth(dy: torch.Tensor, h: torch.Tensor, alpha: torch.Tensor, prob: torch.Te
     return y if prob is None else y * prob.double()[:, None], dh, dalpha, size
 
 
-def check(q, expected, exact):
-    assert q.payload.dtype == expected.payload.dtype
-    assert_nearly_bitwise(q.scale, expected.scale, 1e-4, "scale")
-    assert (q.tile_exponent is None) == (expected.tile_exponent is None)
-    if expected.tile_exponent is not None:
-        assert_nearly_bitwise(q.tile_exponent, expected.tile_exponent, 1e-4, "tile_exponent")
-    assert_nearly_bitwise(q.payload, expected.payload, 1e-3, "payload")
-    assert abs(snr_db(exact, reference.dequantize(q)) - snr_db(exact, reference.dequantize(expected))) < 0.05
-
-
 def check_alpha(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> None:
     assert actual.dtype == torch.float32 and actual.shape == (2,)
     error = (actual.double() - expected).abs() / size
@@ -60,9 +50,9 @@ def check_alpha(actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor
 def test_xielu(device, shape, granularity, fold, fmt):
     dy, h, alpha = inputs(*shape, device)
     y, dh, dalpha, size = truth(dy, h, alpha)
-    check(xielu_quantize(h, alpha, granularity, fmt, fold=fold), reference.xielu_quantize(h, alpha, granularity, fmt, fold=fold), y)
+    assert_quantized(xielu_quantize(h, alpha, granularity, fmt, fold=fold), reference.xielu_quantize(h, alpha, granularity, fmt, fold=fold), y)
     actual = xielu_backward_quantize(dy, h, alpha, granularity, fmt, fold=fold)
-    check(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fmt, fold=fold).h, dh)
+    assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fmt, fold=fold).h, dh)
     check_alpha(actual.alpha, dalpha, size)
     assert actual.prob is None
     assert_bitwise(xielu_backward_quantize(dy, h, alpha, granularity, fmt, fold=fold).alpha, actual.alpha)
@@ -77,8 +67,8 @@ def test_prob(device, shape, granularity, fold):
     y, dh, dalpha, size = truth(dy, h, alpha, prob)
     q = xielu_quantize(h, alpha, granularity, fold=fold, prob=prob)
     actual = xielu_backward_quantize(dy, h, alpha, granularity, fold=fold, prob=prob)
-    check(q, reference.xielu_quantize(h, alpha, granularity, fold=fold, prob=prob), y)
-    check(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fold=fold, prob=prob).h, dh)
+    assert_quantized(q, reference.xielu_quantize(h, alpha, granularity, fold=fold, prob=prob), y)
+    assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fold=fold, prob=prob).h, dh)
     check_alpha(actual.alpha, dalpha, size)
     terms = dy.double() * truth(dy, h, alpha)[0]
     assert actual.prob is not None and actual.prob.dtype == torch.float32
@@ -102,9 +92,9 @@ def test_alphas_at_zero_and_far_from_the_start(device):
     for pair in ((0.0, 0.5), (5.0, 0.1)):
         alpha = torch.tensor(pair, device=device)
         y, dh, dalpha, size = truth(dy, h, alpha)
-        check(xielu_quantize(h, alpha), reference.xielu_quantize(h, alpha), y)
+        assert_quantized(xielu_quantize(h, alpha), reference.xielu_quantize(h, alpha), y)
         actual = xielu_backward_quantize(dy, h, alpha)
-        check(actual.h, reference.xielu_backward_quantize(dy, h, alpha).h, dh)
+        assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha).h, dh)
         check_alpha(actual.alpha, dalpha, size)
 
 
@@ -112,9 +102,9 @@ def test_rows_too_wide_for_registers(device, monkeypatch):
     monkeypatch.setattr(module, "MAX_ROW", 256)
     dy, h, alpha = inputs(3, 384, device)
     y, dh, dalpha, size = truth(dy, h, alpha)
-    check(xielu_quantize(h, alpha, "micro", fold="row"), reference.xielu_quantize(h, alpha, "micro", fold="row"), y)
+    assert_quantized(xielu_quantize(h, alpha, "micro", fold="row"), reference.xielu_quantize(h, alpha, "micro", fold="row"), y)
     actual = xielu_backward_quantize(dy, h, alpha)
-    check(actual.h, reference.xielu_backward_quantize(dy, h, alpha).h, dh)
+    assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha).h, dh)
     check_alpha(actual.alpha, dalpha, size)
 
 
@@ -155,8 +145,8 @@ def test_real_sizes(device, shape, granularity, fold):
         for p in (None, prob):
             y, dh, dalpha, size = truth(dy, h, alpha, p)
             options = {"fold": fold, "prob": p}
-            check(xielu_quantize(h, alpha, granularity, fmt, **options), reference.xielu_quantize(h, alpha, granularity, fmt, **options), y)
+            assert_quantized(xielu_quantize(h, alpha, granularity, fmt, **options), reference.xielu_quantize(h, alpha, granularity, fmt, **options), y)
             actual = xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options)
-            check(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options).h, dh)
+            assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options).h, dh)
             check_alpha(actual.alpha, dalpha, size)
             assert_bitwise(xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options).alpha, actual.alpha)
