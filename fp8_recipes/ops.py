@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, rows_for, scaling_aware_transpose
+from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, rows_for
 from .tensor import ScaledTensor
 
 
@@ -87,6 +87,10 @@ def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor,
 
 def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
     return _backend(q).grouped_fold_transpose(q, offsets, block_expert)
+
+
+def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None = None) -> GroupedTensor:
+    return _backend(q).scaling_aware_transpose(q, block_expert)
 
 
 def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
 from .tanh import tanh_bound, tanh_bound_backward
+from .tile_transpose import scaling_aware_transpose
 from .xielu import xielu_backward_quantize, xielu_quantize
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "quantize_weight",
     "rmsnorm_quantize",
     "route_map",
+    "scaling_aware_transpose",
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",

@@ -213,15 +213,32 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     return GroupedTensor(payload, scale)
 
 
-def scaling_aware_transpose(q: ScaledTensor) -> GroupedTensor:
-    """The transpose of FP8-Flow-MoE (Algorithm 1): every 128x128 tile takes its largest row scale. For comparison; no kernel uses its result.
+def check_tile_transpose(q: ScaledTensor, block_expert: torch.Tensor | None) -> None:
+    """Raise unless `scaling_aware_transpose` takes these."""
+    if q.granularity not in ("tile", "row", "micro") or (q.granularity == "row" and q.tile_exponent is None):
+        raise ValueError(f"a {q.granularity} payload carries no tile exponents; quantise at tile, micro or row granularity")
+    if q.global_scale is not None:
+        raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
+    if block_expert is not None:
+        check_blocks(q.shape[0], block_expert, q.device)
+
+
+def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None = None) -> GroupedTensor:
+    """The transpose of FP8-Flow-MoE (Algorithm 1): every 128x128 tile takes its largest row scale. For comparison; no product reads its result.
 
     q: [rows, cols] tile (the paper's), row (with tile_exponent) or micro. Returns payload [cols, rows] and scale [ceil(rows / 128), cols]. Rounds correctly
     into the subnormals and keeps NaN, where the authors' code keeps the mantissa of what underflows and turns NaN into numbers.
+    block_expert: int32 [rows / 128] of a grouped buffer, -1 = unused; what the result holds of unused blocks is undefined. No tile holds two experts.
     """
-    tiles = tile_exponents(q)
+    check_tile_transpose(q, block_expert)
     rows, cols = q.shape
-    blocks = torch.stack([part.amax(dim=0) for part in tiles.split(TILE)])
-    target = blocks.repeat_interleave(TILE, dim=1)[:, :cols]
-    payload = _shift(q, target.repeat_interleave(TILE, dim=0)[:rows]).t().contiguous()
-    return GroupedTensor(payload, pow2(target.contiguous()))
+    used = rows if block_expert is None else int((block_expert >= 0).sum()) * TILE
+    payload = torch.zeros(cols, rows, dtype=q.payload.dtype, device=q.device)
+    scale = torch.full((-(-rows // TILE), cols), SMALLEST_SCALE, device=q.device)
+    if used:
+        part = ScaledTensor(q.payload[:used], q.scale[:used], q.granularity, tile_exponent=None if q.tile_exponent is None else q.tile_exponent[:used])
+        blocks = torch.stack([tile.amax(dim=0) for tile in tile_exponents(part).split(TILE)])
+        target = blocks.repeat_interleave(TILE, dim=1)[:, :cols]
+        payload[:, :used] = _shift(part, target.repeat_interleave(TILE, dim=0)[:used]).t()
+        scale[: target.shape[0]] = pow2(target)
+    return GroupedTensor(payload, scale)

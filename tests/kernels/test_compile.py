@@ -70,6 +70,9 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found += permute_cases()
     found += dispatch_cases()
     found += moments_cases()
+    for group, source, e5m2 in ((0, "*fp32", True), (128, "*fp32", False), (32, "*u8", True)):
+        forms = WORDS | {"source_ptr": source, "block_expert_ptr": "*i32"}
+        found.append(("tile_transpose", "_tile_transpose_kernel", {"GROUP": group, "E5M2": e5m2, "BLOCKS": group > 0}, forms, 8))
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
     return found
 
