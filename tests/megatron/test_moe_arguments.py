@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from meta_model import reports
 
 from fp8_recipes import RecipeError
 from fp8_recipes.megatron import arguments
@@ -168,46 +164,13 @@ def test_measured_scales_need_no_bound_on_adam(parse):
     assert arguments.validate(prepared(parse, betas, recipe="fp8_flow_moe:weight_scale=measured")[0]), "moss still predicts"
 
 
-META_MODEL = """
-import torch
-from fp8_recipes.megatron import pretrain, report, weight_scaling_hook
-
-torch.cuda.get_device_capability = lambda: (9, 0)  # --moe-grouped-gemm asks
-args, container = pretrain.configure()
-torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-
-parallel_state.initialize_model_parallel(1, 1)
-MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
-torch.cuda.is_available = lambda: True  # TransformerEngine's constructors ask; on the meta device nothing else needs a GPU
-torch.cuda.current_device = lambda: "meta"
-torch.cuda.device_count = lambda: 1
-container.model.transformer.perform_initialization = False
-with torch.device("meta"):
-    model = container.model.get_builder_cls()(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
-print("TABLE")
-print(report.precision_table(args, [model]))
-weight_scaling_hook.is_rank_0 = lambda: False
-print("TRACKED", len(list(weight_scaling_hook.fp8_weights(model, experts=True))))
-"""
-
-
-def start_report(base_flags, recipe, flags):
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "RANK": "0", "WORLD_SIZE": "1"}
-    given = [*base_flags.split(), *MOE.split(), "--init-model-with-meta-device", "--fp8-recipe", recipe, "--no-rope-fusion", *flags.split()]
-    result = subprocess.run([sys.executable, "-c", META_MODEL, *given], capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [" ".join(line.split()) for line in result.stdout.split("TABLE\n")[1].splitlines()]
-
-
-def test_report_of_a_real_model_says_which_layers_flow(base_flags):
-    """GPTModel of the released wheel: first layer dense, three MoE layers, the last of them in bf16."""
+def test_reports_of_real_models_say_which_layers_flow(base_flags):
+    """GPTModel of the released wheel: first layer dense, three MoE layers, the last of them in bf16; then one with bf16 around the experts."""
     first_last = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 0 --num-layers-at-end-in-bf16 1"
-    flags = f"--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256 {first_last}"
-    lines = start_report(base_flags, "fp8_flow_moe", flags)
+    lines, experts_only = reports(
+        f"{base_flags} {MOE} --fp8-recipe fp8_flow_moe --moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256 {first_last}",
+        f"{base_flags} {MOE} --fp8-recipe fp8_flow_moe:dense=bf16 --recompute-granularity selective --recompute-modules moe",
+    )
     assert lines[1].startswith("fp8_flow_moe(") and lines[2].startswith("other layers: moss(")
     assert "decoder.layers.*.mlp.experts.linear_fc1 2-3 8 of 256x256 FP8 fp8_flow_moe" in lines
     assert "decoder.layers.*.mlp.experts.linear_fc2 4 8 of 256x128 bf16 (first / last)" in lines
@@ -220,10 +183,6 @@ def test_report_of_a_real_model_says_which_layers_flow(base_flags):
     assert "MoE layers 4: Megatron's own modules, bf16 (first / last)" in lines
     assert "1 MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" in lines
     assert "TRACKED 64" in lines  # 4 attentions and 1 dense MLP of 2 linears each, 3 shared MLPs of 2, 3 layers of 8 experts with 2
-
-
-def test_report_of_a_run_with_bf16_around_the_experts(base_flags):
-    lines = start_report(base_flags, "fp8_flow_moe:dense=bf16", "--recompute-granularity selective --recompute-modules moe")
-    assert "decoder.layers.*.self_attention.linear_qkv 1-4 768x256 bf16" in lines
-    assert "decoder.layers.*.mlp.experts.linear_fc1 1-4 8 of 256x256 FP8 fp8_flow_moe" in lines
-    assert [line for line in lines if line.startswith("MoE layers 1-4: 8 local experts") and line.endswith("kept for backward: input")]
+    assert "decoder.layers.*.self_attention.linear_qkv 1-4 768x256 bf16" in experts_only
+    assert "decoder.layers.*.mlp.experts.linear_fc1 1-4 8 of 256x256 FP8 fp8_flow_moe" in experts_only
+    assert [line for line in experts_only if line.startswith("MoE layers 1-4: 8 local experts") and line.endswith("kept for backward: input")]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from meta_model import reports
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -80,39 +77,11 @@ def test_table_says_how_the_mlps_run_and_why(monkeypatch):
     assert report._fused_mlps(argparse.Namespace(fp8="e4m3", fp8_recipe="tensorwise"), blocks) == []
 
 
-META_MODEL = """
-import sys
-import torch
-from fp8_recipes.megatron import pretrain, report, weight_scaling_hook
-
-args, container = pretrain.configure()
-torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-
-parallel_state.initialize_model_parallel(1, 1)
-torch.cuda.is_available = lambda: True  # TransformerEngine's constructors ask; on the meta device nothing else needs a GPU
-torch.cuda.current_device = lambda: "meta"
-torch.cuda.device_count = lambda: 1
-container.model.transformer.perform_initialization = False
-with torch.device("meta"):
-    model = container.model.get_builder_cls()(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
-print("TABLE")
-print(report.precision_table(args, [model]))
-print("TRACKED", len(list(weight_scaling_hook.fp8_weights(model))))
-"""
-
-
 def test_table_of_a_real_megatron_model(base_flags):
     """GPTModel of the released wheel with TransformerEngine's modules, built without memory, in its own process (it initialises torch.distributed)."""
     pytest.importorskip("transformer_engine.pytorch", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
     pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
-    flags = [*base_flags.split(), "--init-model-with-meta-device", "--fp8-recipe", "moss", "--first-last-layers-bf16", "--no-rope-fusion"]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "RANK": "0", "WORLD_SIZE": "1"}
-    result = subprocess.run([sys.executable, "-c", META_MODEL, *flags], capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [" ".join(line.split()) for line in result.stdout.split("TABLE\n")[1].splitlines()]
+    (lines,) = reports(f"{base_flags} --fp8-recipe moss --first-last-layers-bf16")
     for name, shape in (("self_attention.linear_qkv", "768x256"), ("self_attention.linear_proj", "256x256"), ("mlp.linear_fc1", "1024x256")):
         assert f"decoder.layers.*.{name} 2-3 {shape} FP8 moss" in lines
         assert f"decoder.layers.*.{name} 1,4 {shape} bf16 (first / last)" in lines
