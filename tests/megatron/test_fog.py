@@ -1,0 +1,149 @@
+"""FOG's architectures in Megatron: the real GPTModel on the CPU against `nn.gpt`, on one rank, under tensor and sequence parallelism and in a pipeline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+
+import fog_models as models  # noqa: E402
+
+from fp8_recipes.architecture import ARCHITECTURES, from_name  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+FP32 = {True: 1e-4, False: 2e-3}
+"""Relative difference of a gradient (2-norm) between two orders of summation in fp32, of a tensor and of one number: xIELU's alphas are sums over a whole
+layer that nearly cancel, and differ by 4e-4."""
+
+
+@pytest.fixture(scope="module")
+def groups():
+    models.initialise()
+    yield
+    models.finish()
+
+
+def assert_same(actual, expected, key):
+    assert actual.shape == expected.shape, key
+    assert ((actual - expected).norm() / expected.norm()).item() < FP32[expected.numel() > 1], key
+
+
+def reference(architecture):
+    """(loss, parameters, gradients) of the plain model, by Megatron's names."""
+    plain = models.plain(architecture)
+    loss = plain(*models.batch())
+    loss.backward()
+    parameters = dict(plain.named_parameters())
+    return loss.detach(), models.translate({n: p.detach() for n, p in parameters.items()}), models.translate({n: p.grad for n, p in parameters.items()})
+
+
+class TestOneRank:
+    @pytest.mark.parametrize("name", list(ARCHITECTURES))
+    def test_loss_and_every_gradient_are_the_plain_models(self, groups, name):
+        architecture = from_name(name)
+        loss, parameters, gradients = reference(architecture)
+        model = models.build(architecture)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters), "the same parameters, no more"
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                assert parameter.dim() > 0, f"{key}: weight decay spares 1-D parameters, and would meet a 0-dim one"
+                parameter.copy_(parameters[key])
+        with models.on_cpu():
+            found = models.run(model, *models.batch()).mean()
+            found.backward()
+        assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+        for key, gradient in models.gradients(model).items():
+            assert_same(gradient, gradients[key], key)
+
+    def test_initial_values(self, groups):
+        torch.manual_seed(0)
+        model = models.build(from_name("fog-max"), num_layers=4, hidden_size=256, ffn_hidden_size=768, num_attention_heads=4)
+        weights = dict(model.named_parameters())
+        for key, value in weights.items():
+            if key.endswith("post.weight"):
+                assert torch.equal(value, torch.full_like(value, 0.5)), "1 / sqrt(4 layers)"
+            elif value.dim() == 2:
+                assert value.std().item() == pytest.approx(0.02, rel=0.05), f"{key}: no division by sqrt(2 L) in front of a post-norm"
+        assert not any("layernorm" in key for key in weights), "neither pre-norms nor a final norm, and queries and keys have no gains"
+        with models.on_cpu():
+            x = model.embedding(*([torch.arange(models.VOCAB).view(4, 16)] * 2))
+        assert x.std().item() == pytest.approx(1, rel=0.05), "embeddings times 1 / 0.02"
+        mlp = model.decoder.layers[0].mlp
+        assert mlp.activation_func.alpha().tolist() == pytest.approx([0.8, 0.8])
+        attention = model.decoder.layers[0].self_attention.core_attention
+        assert attention.softmax_scale == pytest.approx(2**0.5 / 64**0.5)
+
+    def test_tanh_starts_at_alpha_and_layer_scale_at_depth(self, groups):
+        flash, op = models.build(from_name("fog-flash")), models.build(from_name("op"))
+        bound = flash.decoder.layers[1].self_attention
+        assert [bound.q_layernorm.alpha.tolist(), bound.k_layernorm.alpha.tolist()] == [[0.5], [0.5]]
+        gain = op.decoder.layers[1].mlp_bda.post.weight
+        assert gain.shape == (models.WIDTH,) and gain.unique().tolist() == pytest.approx([models.LAYERS**-0.5])
+
+    def test_projections_keep_their_smaller_start_without_a_post_norm(self, groups):
+        torch.manual_seed(0)
+        model = models.build(from_name("op"), hidden_size=256, ffn_hidden_size=768)
+        assert model.decoder.layers[0].mlp.linear_fc2.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)
+
+    def test_checkpoint_names_every_parameter(self, groups):
+        model = models.build(from_name("fog-flash"))
+        saved = model.sharded_state_dict()
+        for key in ("self_attn_bda.post.weight", "mlp_bda.post.weight", "self_attention.q_layernorm.alpha", "self_attention.k_layernorm.alpha"):
+            assert any(name.endswith(key) for name in saved), key
+
+
+TENSOR = [("sp", "fog-max"), ("sp", "fog-flash"), ("sp", "op"), ("sp", "olmo2"), ("tp", "fog-max"), ("tp", "fog-flash")]
+PIPELINE = [("pp", "fog-max"), ("pp", "fog-flash"), ("pp", "llama3")]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """two_ranks("sp", "fog-max") -> [what rank 0 gives, what rank 1 gives] of a model with the parameters of `reference`."""
+    path = tmp_path_factory.mktemp("ranks")
+    jobs = TENSOR + PIPELINE
+    for name in {name for _, name in jobs}:
+        torch.save(reference(from_name(name))[1], path / f"{name}.pt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "tests" / "fog_worker.py")]
+    arguments = [str(path), *(f"{mode}:{name}" for mode, name in jobs)]
+    ranks = [subprocess.Popen([*command, str(r), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    for process in ranks:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+    return lambda mode, name: [torch.load(path / f"{mode}-{name}-{rank}.pt") for rank in range(2)]
+
+
+class TestTwoRanks:
+    @pytest.mark.parametrize(("mode", "name"), TENSOR)
+    def test_tensor_parallelism_changes_no_gradient(self, two_ranks, groups, mode, name):
+        architecture = from_name(name)
+        (loss, parameters, gradients), ranks = reference(architecture), two_ranks(mode, name)
+        model = models.build(architecture)  # for what Megatron says about each parameter
+        split = dict(model.named_parameters())
+        for rank, part in enumerate(ranks):
+            assert part["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+            assert set(part["gradients"]) == set(parameters)
+            for key, gradient in part["gradients"].items():
+                expected = models.shard(key, split[key], gradients[key], rank, 2, architecture.gated)
+                assert_same(gradient, expected, f"rank {rank}: {key}")
+
+    @pytest.mark.parametrize(("mode", "name"), PIPELINE)
+    def test_pipeline_puts_every_part_on_its_stage(self, two_ranks, mode, name):
+        (loss, parameters, gradients), ranks = reference(from_name(name)), two_ranks(mode, name)
+        first, last = (set(part["gradients"]) for part in ranks)
+        assert first | last == set(parameters) and not first & last
+        assert "embedding.word_embeddings.weight" in first and "output_layer.weight" in last
+        assert ("decoder.final_layernorm.weight" in last) == (name == "llama3")
+        if name != "llama3":
+            assert all(f"decoder.layers.{layer}.mlp_bda.post.weight" in keys for layer, keys in ((0, first), (1, last)))
+        assert ranks[1]["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        for part in ranks:
+            for key, gradient in part["gradients"].items():
+                assert_same(gradient, gradients[key], key)
