@@ -1,4 +1,4 @@
-"""Grouped FP8 products and grouped fold_transpose on one Hopper GPU: correctness, sweep of tiles, comparison with torch's grouped products.
+"""Grouped FP8 products and transposes on one Hopper GPU: correctness, sweep of tiles, comparison with torch's grouped products, the ways to transpose.
 
     python scripts/bench_grouped.py [--check] [--sweep] [--bench] [--transpose] [--csv DIR]      (no flag: check, bench and transpose; about 90 s)
 
@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transpose_contenders
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
 from fp8_recipes.kernels.grouped_gemm import SMALL, WIDE, GroupedConfig, grouped_gemm, grouped_wgrad
-from fp8_recipes.kernels.grouped_transpose import grouped_fold_transpose
 from fp8_recipes.reference import grouped as reference
 from fp8_recipes.reference.grouped import GroupedTensor
 from fp8_recipes.tensor import ScaledTensor
@@ -170,16 +170,8 @@ def matrices(experts: int, n: int, k: int, dtype: torch.dtype, gaps: int) -> lis
 def check_transpose(experts: int, rows: int, k: int, n: int, fmt: Format) -> Rows:
     del n
     groups = layout(experts, rows, seed=rows + 2, unused=3)
-    x = torch.randn(groups.rows, k, device="cuda") * torch.randn(groups.rows, 1, device="cuda").mul(4).exp()
-    x[rows // 2, k // 2] = torch.nan
-    q = quantize(x.bfloat16(), "row", fmt)
-    runs = [grouped_fold_transpose(q, groups.offsets, groups.block_expert) for _ in range(2)]
-    want = reference.grouped_fold_transpose(q, groups.offsets, groups.block_expert)
-
-    def same(a: GroupedTensor, b: GroupedTensor) -> bool:
-        return torch.equal(a.payload[:, :rows].view(torch.uint8), b.payload[:, :rows].view(torch.uint8)) and torch.equal(a.scale, b.scale)
-
-    return [verdict(f"transpose E{experts} {rows}x{k} {fmt}", math.inf if same(runs[0], want) else 0.0, 1.0, same(*runs), True)]
+    found = transpose_contenders.check(rows, k, fmt, groups.offsets, groups.block_expert)
+    return [verdict(f"transpose E{experts} {rows}x{k} {fmt} {name}", math.inf if equal else 0.0, 1.0, again, True) for name, (equal, again) in found.items()]
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------------------------------
@@ -314,22 +306,16 @@ def sweep() -> Rows:
 
 
 def transpose() -> Rows:
-    """grouped_fold_transpose against a copy of the same bytes in the same run."""
+    """Ours, the paper's and dequantise-transpose-quantise, against a copy of the same payload in the same run; in brackets the share of its bandwidth."""
     rows: Rows = []
-    for experts, tokens, cols in ((64, 98304, 2048), (64, 98304, 1408), (8, 32768, 7168), (8, 32768, 4096), (128, 131072, 2048), (128, 131072, 768)):
+    for experts, tokens, cols in transpose_contenders.SHAPES:
         groups = layout(experts, tokens, seed=0)
-        sets = [activation(tokens, cols) for _ in range(SETS)]
-        copies = [q.payload.view(torch.uint8) for q in sets]
-        target = torch.empty_like(copies[0])
-
-        def fold(i: int, sets=sets, groups=groups) -> GroupedTensor:
-            return grouped_fold_transpose(sets[i % SETS], groups.offsets, groups.block_expert)
-
-        result = timed({"copy": lambda i, c=copies, t=target: t.copy_(c[i % SETS]), "ours": fold})
-        moved = 2 * tokens * cols
-        percent = 100 * result["copy"] / result["ours"]
-        rows.append({"experts": experts, "rows": tokens, "cols": cols, "ms": result["ours"], "copy_ms": result["copy"], "percent_of_copy": percent})
-        print(f"  E{experts} {tokens}x{cols}: {moved / result['ours'] * 1e-9:.2f} TB/s, copy {moved / result['copy'] * 1e-9:.2f} TB/s ({percent:.0f} %)")
+        sets = [torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
+        result = timed(transpose_contenders.contenders(sets, groups.offsets, groups.block_expert))
+        rows += transpose_contenders.report(experts, tokens, cols, result)
+        del sets
+        torch.cuda.empty_cache()
+    transpose_contenders.summary(rows)
     return rows
 
 
