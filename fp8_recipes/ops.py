@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, rows_for
+from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, grouped_exact, rows_for
 from .tensor import ScaledTensor
 
 
@@ -91,6 +91,15 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
 
 def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None = None) -> GroupedTensor:
     return _backend(q).scaling_aware_transpose(q, block_expert)
+
+
+def grouped_gemm_exact(a: ScaledTensor, b: Any, block_expert: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return grouped_exact.grouped_gemm_exact(a, b, block_expert, **kwargs)
+
+
+def grouped_wgrad_exact(a: ScaledTensor, b: ScaledTensor, offsets: torch.Tensor, **kwargs: Any) -> Any:
+    """``out``, which is required."""
+    return grouped_exact.grouped_wgrad_exact(a, b, offsets, **kwargs)
 
 
 def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any) -> torch.Tensor:
@@ -175,7 +184,9 @@ __all__ = [
     "gemm_exact",
     "grouped_fold_transpose",
     "grouped_gemm",
+    "grouped_gemm_exact",
     "grouped_wgrad",
+    "grouped_wgrad_exact",
     "measure_experts",
     "moments",
     "pack_rows",

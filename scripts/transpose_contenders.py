@@ -83,8 +83,8 @@ def check(rows: int, cols: int, fmt: Format, offsets: torch.Tensor, block_expert
         found[name] = same(runs[0], reference.scaling_aware_transpose(q, block_expert), blocks), same(*runs, blocks)
     twice = reference.quantize(reference.dequantize(by_tile, torch.bfloat16).t().contiguous(), "tile", fmt)
     for passes in (2, 3):
-        runs = [naive(by_tile, passes) for _ in range(2)]
-        equal = [torch.equal(q.payload.view(torch.uint8), twice.payload.view(torch.uint8)) and torch.equal(q.scale, twice.scale) for q in runs]
+        results = [naive(by_tile, passes) for _ in range(2)]
+        equal = [torch.equal(q.payload.view(torch.uint8), twice.payload.view(torch.uint8)) and torch.equal(q.scale, twice.scale) for q in results]
         found[f"naive, {passes} passes"] = equal[0], all(equal)
     return found
 
