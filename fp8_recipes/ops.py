@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .reference import GroupedTensor, RowLayout, RowMap, SendMap, copies_of_rows, dequantize, grouped_exact, rows_for
+from .reference import GroupedTensor, RowLayout, RowMap, SendMap, dequantize, grouped_exact, rows_for
 from .tensor import ScaledTensor
 
 
@@ -145,6 +145,18 @@ def combine_rows(y: torch.Tensor, row_map: RowMap, weight: torch.Tensor | None =
     return _backend(y).combine_rows(y, row_map, weight)
 
 
+def copies_of_rows(values: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+    return _backend(values).copies_of_rows(values, row_map)
+
+
+def chosen_experts(probs: torch.Tensor, routing_map: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend(probs).chosen_experts(probs, routing_map, topk)
+
+
+def chosen_experts_backward(dprob: torch.Tensor, index: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    return _backend(dprob).chosen_experts_backward(dprob, index, num_experts, dtype)
+
+
 def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int = 0) -> SendMap:
     return _backend(expert_index).send_map(expert_index, num_experts, ranks, tag)
 
@@ -170,6 +182,8 @@ __all__ = [
     "RowLayout",
     "RowMap",
     "SendMap",
+    "chosen_experts",
+    "chosen_experts_backward",
     "combine_rows",
     "combine_sent",
     "copies_of_rows",

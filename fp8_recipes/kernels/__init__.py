@@ -15,14 +15,18 @@ from .moments import moments
 from .permute import combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
+from .routing import chosen_experts, chosen_experts_backward, copies_of_rows
 from .swiglu import swiglu_backward_quantize, swiglu_quantize
 from .tanh import tanh_bound, tanh_bound_backward
 from .tile_transpose import scaling_aware_transpose
 from .xielu import xielu_backward_quantize, xielu_quantize
 
 __all__ = [
+    "chosen_experts",
+    "chosen_experts_backward",
     "combine_rows",
     "combine_sent",
+    "copies_of_rows",
     "copies_of_sent",
     "fold",
     "fold_transpose",

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -53,22 +56,54 @@ def _table(device: torch.device, addresses: tuple[int, ...]) -> tuple[torch.Tens
     return torch.tensor(addresses, dtype=torch.int64, device=device), all(a % ALIGNMENT == 0 for a in addresses)
 
 
-def address_table(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, bool]:
-    """(addresses of tensors on one device, int64 [L] there; are all multiples of 16?). The first call for a set of addresses copies it and waits for the copy;
-    later calls cost a look-up."""
-    return _table(tensors[0].device, tuple([t.data_ptr() for t in tensors]))
+@dataclass(frozen=True)
+class ExpertSet:
+    """One tensor per expert that was checked, and where the tensors lay then. ``references`` are weak: the first tensor carries this."""
+
+    references: tuple[weakref.ref[torch.Tensor], ...]
+    kind: tuple[Any, ...]
+    addresses: tuple[int, ...]
+
+    @functools.cached_property
+    def table(self) -> tuple[torch.Tensor, bool]:
+        """(the addresses on the device, int64 [L]; do all allow 16-byte loads?). The first use of a set of addresses copies it and waits for the copy."""
+        return _table(self.kind[2], self.addresses)
+
+    @functools.cached_property
+    def order(self) -> int:
+        """Do tensors of one size make one run of memory? 1: in their order, -1: in reverse (as Megatron lays out gradients), 0: no."""
+        nbytes = math.prod(self.kind[0]) * self.kind[1].itemsize
+        steps = {b - a for a, b in itertools.pairwise(self.addresses)}
+        return 1 if steps <= {nbytes} else -1 if steps == {-nbytes} else 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the tensor that carries this, or a checkpoint of it, knows nothing."""
+        return type(None), ()
 
 
-@functools.lru_cache(maxsize=4096)
-def _spacing(addresses: tuple[int, ...], nbytes: int) -> int:
-    """1 if the tensors follow each other without gaps, -1 if they do in reverse order, else 0."""
-    steps = {b - a for a, b in itertools.pairwise(addresses)}
-    return 1 if steps <= {nbytes} else -1 if steps == {-nbytes} else 0
+def known_set(tensors: Sequence[torch.Tensor], check: Callable[[], object], name: str) -> ExpertSet:
+    """What is known of one tensor per expert; ``check()``, which raises unless they fit, runs when anything about them is new.
+
+    New is: another tensor object, another address, another shape, dtype, device or strides of the first. Asking every one of 64 tensors for all of that takes
+    longer than a kernel; 64 addresses take 3 us. name: attribute of the first tensor that carries the answer, one per kind of check.
+    """
+    first = tensors[0]
+    addresses = tuple(map(torch.Tensor.data_ptr, tensors))
+    kind = (first.shape, first.dtype, first.device, first.stride())
+    known: ExpertSet | None = first.__dict__.get(name)
+    if known is not None and known.addresses == addresses and known.kind == kind and all([r() is t for r, t in zip(known.references, tensors, strict=True)]):
+        return known
+    check()
+    known = ExpertSet(tuple(map(weakref.ref, tensors)), kind, addresses)
+    setattr(first, name, known)
+    return known
 
 
-def order_in_memory(tensors: Sequence[torch.Tensor]) -> int:
-    """Do tensors of one size make one run of memory? 1: in their order, -1: in reverse (as Megatron lays out gradients), 0: no."""
-    return _spacing(tuple([t.data_ptr() for t in tensors]), tensors[0].nbytes)
+def _known_weights(weights: Sequence[torch.Tensor]) -> ExpertSet:
+    """`known_set` of L experts' weights, `check_experts` being the check."""
+    if isinstance(weights, torch.Tensor) or len(weights) == 0:
+        check_experts(weights)  # raises
+    return known_set(weights, lambda: check_experts(weights), "fp8_experts_weights")
 
 
 @triton.jit
@@ -159,9 +194,10 @@ def _measure_experts_kernel(like_ptr, table_ptr, partial_ptr, numel, BLOCK: tl.c
 
 def measure_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Kernel twin of `fp8_recipes.reference.measure_experts`: largest finite |w| of every expert, [L] fp32, one read."""
-    experts, n, k = check_experts(weights)
+    known = _known_weights(weights)
     check_device(weights[0], "weights[0]")
-    table, aligned = address_table(weights)
+    table, aligned = known.table
+    experts, (n, k) = len(weights), weights[0].shape
     programs = min(cdiv(n * k, MEASURE_BLOCK), cdiv(MEASURE_PROGRAMS, experts))
     partial = common.empty((experts, programs), torch.float32, weights[0].device)
     launch(_measure_experts_kernel, (programs, experts), weights[0].detach(), table, partial, n * k, BLOCK=MEASURE_BLOCK, ALIGNED=aligned)
@@ -178,11 +214,12 @@ def quantize_experts(
     plan: ExpertPlan = PLAN,
 ) -> GroupedTensor:
     """Kernel twin of `fp8_recipes.reference.quantize_experts`: payload [L, N, K] (transposed [L, K, N]), scale [L]. plan: for benchmarks."""
-    experts, n, k = check_experts(weights)
+    known = _known_weights(weights)
     first = weights[0]
+    experts, (n, k) = len(weights), first.shape
     check_device(first, "weights[0]")
     check_expert_amax(amax, experts, first.device)
-    table, aligned = address_table(weights)
+    table, aligned = known.table
     scale = common.empty((experts,), torch.float32, first.device)
     options = {"ALIGNED": aligned, "E5M2": is_e5m2(fmt), "num_warps": plan.warps}
     if transpose and n % 4 == 0:

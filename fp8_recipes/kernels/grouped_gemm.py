@@ -12,22 +12,22 @@ is written, or added to, exactly once: two runs give the same bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..reference.grouped import GroupedTensor, Matrices, check_grouped_gemm, check_grouped_wgrad
+from ..reference.grouped import GroupedTensor, Matrices, check_grouped_gemm, check_outs, check_wgrad_operands
 from ..tensor import TILE, ScaledTensor
 from . import common
 from .common import cdiv, check_device, next_power_of_2
-from .experts import address_table, order_in_memory, table_pointer
+from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K, GemmConfig
-from .launch import launch
+from .launch import launch, matrix_descriptor
 
 
 @dataclass(frozen=True)
@@ -208,34 +208,36 @@ def _grouped_wgrad_kernel(
             acc -= acc
 
 
-def _check_operands(operands: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], out_dtype: torch.dtype, promote: int) -> None:
-    """What TMA and the kernels ask of operands whose shapes have been checked."""
-    for name, payload in operands.items():
-        check_device(payload, name)
-        if not payload.is_contiguous():
-            raise ValueError(f"{name} of strides {payload.stride()} is not contiguous; call .contiguous()")
-        if payload.shape[-1] % _ALIGNMENT or payload.numel() == 0:
-            raise ValueError(f"{name} of shape {tuple(payload.shape)} must end in a positive multiple of {_ALIGNMENT}, which TMA needs; pad K with zeros")
-        if payload.data_ptr() % _ALIGNMENT:
-            raise ValueError(f"{name} starts at address {payload.data_ptr():#x}, not a multiple of {_ALIGNMENT}; use .clone() of the view")
-    for name, scale in scales.items():
-        if scale.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {scale.dtype}")
-        if not scale.is_contiguous():
-            raise ValueError(f"{name} of strides {scale.stride()} is not contiguous; call .contiguous()")
-    if out_dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"the result must be bfloat16 or float32, got {out_dtype}")
+def _check_operand(payload: torch.Tensor, scale: torch.Tensor, name: str, device: torch.device) -> None:
+    """What TMA and the kernels ask of an operand whose shape has been checked."""
+    check_device(payload, name)
+    if not payload.is_contiguous():
+        raise ValueError(f"{name} of strides {payload.stride()} is not contiguous; call .contiguous()")
+    if payload.shape[-1] % _ALIGNMENT or payload.numel() == 0:
+        raise ValueError(f"{name} of shape {tuple(payload.shape)} must end in a positive multiple of {_ALIGNMENT}, which TMA needs; pad K with zeros")
+    if payload.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"{name} starts at address {payload.data_ptr():#x}, not a multiple of {_ALIGNMENT}; use .clone() of the view")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"the scale of {name} must be float32, got {scale.dtype}")
+    if not scale.is_contiguous():
+        raise ValueError(f"the scale of {name} of strides {scale.stride()} is not contiguous; call .contiguous()")
+    if payload.device != device or scale.device != device:
+        found = sorted({str(t.device) for t in (payload, scale)} | {str(device)})
+        raise ValueError(f"operands, scales and out must be on one device, got {found}")
+
+
+def _check_result(dtype: torch.dtype, promote: int) -> None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"the result must be bfloat16 or float32, got {dtype}")
     if promote < 0 or promote % BLOCK_K:
         raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {BLOCK_K}")
-    devices = {t.device for t in (*operands.values(), *scales.values())}
-    if len(devices) > 1:
-        raise ValueError(f"operands, scales and out must be on one device, got {sorted(map(str, devices))}")
 
 
 def _takes_tma(out: torch.Tensor, cols: int) -> bool:
     return out.data_ptr() % _ALIGNMENT == 0 and cols * out.element_size() % _ALIGNMENT == 0
 
 
+@functools.cache
 def select_config(m: int, n: int, programs: int) -> GroupedConfig:
     """The tile with the smallest estimated time for ``m`` rows of results, ``n`` wide, of all experts together: waves * tile area / rate."""
 
@@ -264,12 +266,14 @@ def grouped_gemm(
     promote: longest distance along K, a multiple of 128, between promotions of the accumulator to FP32; 0 = no limit. config: for benchmarks.
     """
     check_grouped_gemm(a, b, block_expert, out)
-    scales = {"the scale of a": a.scale, "the scale of b": b.scale}
-    _check_operands({"a": a.payload, "b": b.payload}, scales, out_dtype if out is None else out.dtype, promote)
-    rows, k = a.shape
-    experts, n = b.payload.shape[:2]
-    out = common.empty((rows, n), out_dtype, a.device) if out is None else out
-    programs = _multiprocessors(a.device)
+    device = a.device
+    _check_operand(a.payload, a.scale, "a", device)
+    _check_operand(b.payload, b.scale, "b", device)
+    _check_result(out_dtype if out is None else out.dtype, promote)
+    rows, k = a.payload.shape
+    experts, n, _ = b.payload.shape
+    out = common.empty((rows, n), out_dtype, device) if out is None else out
+    programs = _multiprocessors(device)
     config = select_config(rows, n, programs) if config is None else config
     if TILE % config.block_m:
         raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
@@ -278,9 +282,9 @@ def grouped_gemm(
     launch(
         _grouped_gemm_kernel,
         (programs,),
-        TensorDescriptor.from_tensor(a.payload, [config.block_m, BLOCK_K]),
-        TensorDescriptor.from_tensor(b.payload.view(experts * n, k), [config.block_n, BLOCK_K]),
-        TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
+        matrix_descriptor(a.payload, rows, k, (config.block_m, BLOCK_K)),
+        matrix_descriptor(b.payload, experts * n, k, (config.block_n, BLOCK_K)),
+        matrix_descriptor(out, rows, n, (config.block_m, config.block_n // config.subtiles)) if by_tma else None,
         out,
         a.scale,
         b.scale,
@@ -303,15 +307,16 @@ def grouped_gemm(
     return out
 
 
-def _placed(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, int, torch.Tensor | None, bool]:
-    """(the matrix that comes first in memory, order of the experts in memory, table of addresses where that is 0, may it be written in vectors?)."""
+def _placed(out: torch.Tensor | Sequence[torch.Tensor], experts: int, shape: tuple[int, int]) -> tuple[torch.Tensor, int, torch.Tensor | None, bool]:
+    """(the matrix that comes first in memory, order of the experts in memory, table of addresses where that is 0, may it be written in vectors?), checked."""
+    if isinstance(out, torch.Tensor) or len(out) != experts or out[0].shape != shape:
+        check_outs(out, experts, shape)
     if isinstance(out, torch.Tensor):
         return out, 1, None, True
-    order = order_in_memory(out)
-    if order == 0:
-        table, aligned = address_table(out)
-        return out[0], 0, table, aligned
-    return out[0 if order == 1 else -1], order, None, True
+    known = known_set(out, lambda: check_outs(out, experts, shape), "fp8_experts_results")
+    if known.order == 0:
+        return out[0], 0, *known.table
+    return out[0 if known.order == 1 else -1], known.order, None, True
 
 
 def grouped_wgrad(
@@ -331,13 +336,15 @@ def grouped_wgrad(
     to (in fp32, rounded once). Tensors that lie one after the other, in either direction, are written like one (by TMA); others through a table of addresses.
     Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
     """
-    check_grouped_wgrad(a_t, b_t, offsets, out)
-    (n, rows), k, experts = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0]
-    first, order, table, aligned = _placed(out)
-    _check_operands({"a_t": a_t.payload, "b_t": b_t.payload}, {"the scale of a_t": a_t.scale, "the scale of b_t": b_t.scale}, first.dtype, promote)
-    if first.device != a_t.device:
-        raise ValueError(f"out is on {first.device}, the operands are on {a_t.device}; keep them together")
-    programs = _multiprocessors(a_t.device)
+    check_wgrad_operands(a_t, b_t, offsets)
+    (n, rows), k, experts, device = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0], a_t.device
+    first, order, table, aligned = _placed(out, experts, (n, k))
+    _check_operand(a_t.payload, a_t.scale, "a_t", device)
+    _check_operand(b_t.payload, b_t.scale, "b_t", device)
+    _check_result(first.dtype, promote)
+    if first.device != device:
+        raise ValueError(f"out is on {first.device}, the operands are on {device}; keep them together")
+    programs = _multiprocessors(device)
     config = select_config(experts * n, k, programs) if config is None else config
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
@@ -348,9 +355,9 @@ def grouped_wgrad(
     launch(
         _grouped_wgrad_kernel,
         (programs,),
-        TensorDescriptor.from_tensor(a_t.payload, [config.block_m, BLOCK_K]),
-        TensorDescriptor.from_tensor(b_t.payload, [config.block_n, BLOCK_K]),
-        TensorDescriptor(first, [experts * n, k], [k, 1], [config.block_m, config.block_n // config.subtiles]) if by_tma else None,
+        matrix_descriptor(a_t.payload, n, rows, (config.block_m, BLOCK_K)),
+        matrix_descriptor(b_t.payload, k, rows, (config.block_n, BLOCK_K)),
+        matrix_descriptor(first, experts * n, k, (config.block_m, config.block_n // config.subtiles)) if by_tma else None,
         first,
         table,
         a_t.scale,

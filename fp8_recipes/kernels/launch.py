@@ -8,7 +8,7 @@ is assumed that Triton would have checked.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -16,8 +16,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import IS_INTERPRETED
 
-_compiled: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], _Ready] = {}
 _INT32 = 2**31
+_ALIGNMENT = 16
+"""Bytes that Triton's loads and TMA want of an address."""
+
+
+class _Ready(NamedTuple):
+    """A compiled kernel and how it is started."""
+
+    kernel: Any
+    compiled: Any
+    start: Any
+    """Its launcher: grid, stream, function, ``options``, then what Triton hands it."""
+    options: tuple[Any, ...]
+    trailing: tuple[Any, ...]
+    """Values of the constexpr parameters."""
+
+
+def _ready(kernel: Any, compiled: Any, trailing: tuple[Any, ...]) -> _Ready:
+    """Past Triton's launcher object to the C function behind it, for kernels that need no scratch memory: the object would only find that out again."""
+    run = compiled.run
+    if getattr(run, "global_scratch_size", None) == 0 and getattr(run, "profile_scratch_size", None) == 0:
+        return _Ready(kernel, compiled, run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None), trailing)
+    return _Ready(kernel, compiled, run, (), trailing)
 
 
 def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
@@ -28,12 +50,18 @@ def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             address = arg.data_ptr()
-            key += (arg.dtype, address % 16)
+            key.append(arg.dtype)
+            key.append(address % _ALIGNMENT)
             values.append(address)
             continue
         kind = type(arg)
-        if kind is int:
-            key += (kind, arg == 1, arg % 16 == 0, -_INT32 <= arg < _INT32)
+        if kind is int:  # the strings stand for themselves: an integer in the key is an address or a block
+            if arg == 1:
+                key.append("1")
+            elif -_INT32 <= arg < _INT32:
+                key.append("i32" if arg % 16 else "i32 x 16")
+            else:
+                key.append("i64" if arg % 16 else "i64 x 16")
         elif kind is float or arg is None:
             key.append(kind)
         elif kind is TensorDescriptor:
@@ -42,6 +70,26 @@ def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
             raise TypeError(f"cannot launch a kernel with a run-time argument of type {kind.__name__}; pass it as a constant")
         values.append(arg)
     return key, values
+
+
+_valid_descriptors: set[tuple[Any, ...]] = set()
+
+
+def matrix_descriptor(base: torch.Tensor, rows: int, cols: int, block: tuple[int, int]) -> TensorDescriptor:
+    """TMA descriptor of the contiguous [rows, cols] matrix that starts where ``base`` does, read or written in ``block``.
+
+    Triton checks what depends on the shape alone when a shape is first met, the address at every call: a descriptor is made for every operand of every product.
+    """
+    key = (base.dtype, rows, cols, block)
+    if key not in _valid_descriptors:
+        descriptor = TensorDescriptor(base, [rows, cols], [cols, 1], list(block))
+        _valid_descriptors.add(key)
+        return descriptor
+    if base.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"TMA needs an address that is a multiple of {_ALIGNMENT}, got {base.data_ptr():#x}; use .clone() of the view")
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(base=base, shape=[rows, cols], strides=[cols, 1], block_shape=list(block), padding="zero")
+    return descriptor
 
 
 def _active(hook: Any) -> Any:
@@ -64,15 +112,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             launch(kernel, grid, *args, **constants)
         return
     specialization, values = _specialize(args)
-    key = (id(kernel), device, *specialization, *constants.items())  # the kernel's own hash takes a lock and a Python call
+    key = (id(kernel), device, *specialization, *constants, *constants.values())  # the kernel's own hash takes a lock and a Python call
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*args, **constants)
-        _compiled[key] = kernel, compiled, tuple(constants[p.name] for p in kernel.params[len(args) :])
+        _compiled[key] = _ready(kernel, compiled, tuple(constants[p.name] for p in kernel.params[len(args) :]))
         return
-    _, compiled, trailing = known
+    _, compiled, start, options, trailing = known
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     enter, leave = _active(knobs.runtime.launch_enter_hook), _active(knobs.runtime.launch_exit_hook)
     metadata = None if enter is None and leave is None else compiled.launch_metadata((x, y, z), stream, *args, *trailing)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values, *trailing)
+    start(x, y, z, stream, compiled.function, *options, compiled.packed_metadata, metadata, enter, leave, *values, *trailing)

@@ -165,13 +165,14 @@ class RowResult:
 
 def row_result(cols: int, granularity: str, fold: str | None, fmt: Format) -> RowResult:
     """How a row of ``cols`` columns is quantised at ``granularity`` ("row", "tile" or "micro") and folded."""
-    return _row_result(cols, granularity, fold, fmt, plan_row(cols))
+    return _row_result(cols, granularity, fold, is_e5m2(fmt), ELEMENTS_PER_THREAD)
 
 
 @functools.cache
-def _row_result(cols: int, granularity: str, fold: str | None, fmt: Format, plan: RowPlan) -> RowResult:
-    result = "row" if fold == "row" else granularity
-    constants = {"BLOCK": plan.block, "TAIL": plan.tail, "LOCAL": granularity, "FOLD": fold == "row", "E5M2": is_e5m2(fmt), "num_warps": plan.warps}
+def _row_result(cols: int, granularity: str, fold: str | None, e5m2: bool, per_thread: int) -> RowResult:
+    """By numbers and words alone: the hash of a dataclass is a call of Python."""
+    result, plan = "row" if fold == "row" else granularity, _plan_row(cols, per_thread)
+    constants = {"BLOCK": plan.block, "TAIL": plan.tail, "LOCAL": granularity, "FOLD": fold == "row", "E5M2": e5m2, "num_warps": plan.warps}
     return RowResult(result, tiles_of(cols) if result == "row" else 0, scale_shape(1, cols, result)[-1], constants)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..nn.dispatch import AllToAll, Dispatcher, Local
 from ..nn.moe import moe_experts
+from ..nn.routing import chosen_experts
 from ..recipe import Recipe, RecipeError
 from . import arguments
 from .mlp import before_forward
@@ -138,21 +139,6 @@ def flow_of(layer: Any, recipe: Recipe) -> LayerFlow:
     flow = LayerFlow(_with_recompute(recipe, config), dispatcher, fc1, fc2, (experts.linear_fc1, experts.linear_fc2))
     setattr(layer, _ATTRIBUTE, flow)
     return flow
-
-
-def chosen_experts(probs: torch.Tensor, routing_map: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Megatron's routing to one row per token: (expert ids [T, K] int32 in rising order, -1 where fewer than K were chosen; probabilities [T, K] fp32).
-
-    probs: [T, E], any float dtype, gradients flow back into it; routing_map: [T, E] bool. By the map, not by the largest probabilities: a chosen expert's may
-    have underflowed to zero.
-    """
-    tokens, experts = routing_map.shape
-    slot = routing_map.cumsum(dim=1) * routing_map  # 1 .. K for chosen experts; the others meet in slot 0, which is dropped
-    ids = torch.arange(experts, dtype=torch.int32, device=routing_map.device).expand(tokens, experts)
-    index = torch.full((tokens, topk + 1), -1, dtype=torch.int32, device=routing_map.device).scatter_(1, slot, ids)[:, 1:].contiguous()
-    absent = index < 0
-    prob = probs.gather(1, index.long().masked_fill_(absent, 0)).float().masked_fill(absent, 0.0)
-    return index, prob.contiguous()
 
 
 def routed_experts(layer: Any, recipe: Recipe, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:

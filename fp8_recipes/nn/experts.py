@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from ..tensor import TILE, ScaledTensor
 from ..weight_scaling import ATTRIBUTE, BF16_ROUNDING, PredictedScale
 from .dispatch import Dispatcher
 
+_version_of = attrgetter("_version")
+_anchor_of = attrgetter("anchor_amax")
 _TOGETHER = "fp8_experts_anchor"
 """The first expert's parameter carries its layer's `_Anchor` under this name."""
 _PAYLOAD = "fp8_experts_payload"
@@ -103,14 +106,14 @@ def expert_operand(weights: Sequence[torch.Tensor], recipe: Recipe) -> ExpertWei
 
 def _measure(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Largest |w| of each expert, widened as `weight_scaling.measure_amax` does; [L] fp32."""
-    return ops.measure_experts([w.detach() for w in weights]) * (1 + BF16_ROUNDING) ** 2
+    return ops.measure_experts(weights) * (1 + BF16_ROUNDING) ** 2
 
 
 def _predicted(weights: Sequence[torch.Tensor], states: Sequence[PredictedScale]) -> tuple[torch.Tensor, float]:
     """(amax [L], increment) with ``amax(w_e) <= amax[e] + increment``. Experts are measured together, so one of them speaks for all."""
     first = states[0]
     anchor: _Anchor | None = getattr(weights[0], _TOGETHER, None)
-    if anchor is None or first.due() or any(s.anchor_amax is not e for s, e in zip(states, anchor.elements, strict=True)):
+    if anchor is None or first.due() or len(anchor.elements) != len(states) or not all(map(is_, map(_anchor_of, states), anchor.elements)):
         if any(s.clock is not first.clock or s.group is not first.group for s in states):
             raise ValueError("the experts of one layer must be tracked by one WeightScaling clock, in one group; track them together")
         first.clock.close_step()
@@ -186,7 +189,7 @@ class _Experts(torch.autograd.Function):
             ctx.save_for_backward(*_tensors(q), *_tensors(saved_h), *_tensors(kept), row_prob, *_index(row_map))
             ctx.flow, ctx.plan, ctx.operands, ctx.dtype = flow, plan, (w1, w2), x.dtype
             ctx.weights = weights  # the parameters themselves: main_grad is an attribute of these very objects
-            ctx.versions = [w._version for w in weights]
+            ctx.versions = list(map(_version_of, weights))
         del act, saved_h
         return dispatcher.combine(ops.combine_rows(y, row_map), plan).to(x.dtype)
 
@@ -196,7 +199,7 @@ class _Experts(torch.autograd.Function):
         flow: Flow = ctx.flow
         need_x, need_prob, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
         saved = ctx.saved_tensors  # a second backward is refused here
-        if [w._version for w in ctx.weights] != ctx.versions:
+        if list(map(_version_of, ctx.weights)) != ctx.versions:
             raise RuntimeError("an expert's weight was modified by an inplace operation between forward and backward; dgrad would see another weight")
         ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use, not after this function
         q, h, act, row_prob = _scaled(saved[0:3]), _scaled(saved[3:6]), _scaled(saved[6:9]), saved[9]
@@ -236,7 +239,13 @@ def run_experts(
     x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """x [T, H], prob [T, K] fp32, expert_index [T, K] int32, w1 L times [2F, H], w2 L times [H, F] -> [T, H]. Arguments are checked by `nn.moe.moe_experts`."""
-    return _Experts.apply(x, prob, expert_index, flow, *w1, *w2)
+    if torch._C._are_functorch_transforms_active():
+        _Experts.apply(x, prob, expert_index, flow, *w1, *w2)  # raises: this function has no setup_context
+    return _apply(x, prob, expert_index, flow, *w1, *w2)
+
+
+_apply = super(torch.autograd.Function, _Experts).apply  # type: ignore[misc]
+"""`_Experts.apply` without its walk over the arguments in search of what functorch left behind: for 128 parameters it takes as long as three launches."""
 
 
 def _tensors(q: ScaledTensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -260,27 +269,39 @@ def _weight_gradients(operands: list[ScaledTensor], weight: ExpertWeights, row_m
     offsets, block_expert = row_map.offsets, row_map.block_expert
     x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [K, rows]
     dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [N, rows]
-    weights, promote = weight.weights, weight.recipe.promote
-    main_grads = [getattr(w, "main_grad", None) for w in weights]
-    if main_grads[0] is None:
+    weights: tuple[Any, ...] = weight.weights
+    promote = weight.recipe.promote
+    if getattr(weights[0], "main_grad", None) is None:
         out = torch.empty(len(weights), *weights[0].shape, dtype=weights[0].dtype, device=weights[0].device)
         return ops.grouped_wgrad(dy_t, x_t, offsets, out=out, promote=promote).unbind()
     overwrite = getattr(weights[0], "overwrite_main_grad", False)
-    ops.grouped_wgrad(dy_t, x_t, offsets, out=main_grads, accumulate=not overwrite, promote=promote)
-    return [_after_accumulation(w) for w in weights]
+    ops.grouped_wgrad(dy_t, x_t, offsets, out=[w.main_grad for w in weights], accumulate=not overwrite, promote=promote)
+    return _after_accumulation(weights)
 
 
 _dummies: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
-def _after_accumulation(weight: Any) -> torch.Tensor | None:
-    """Megatron's protocol: the flag says that main_grad has the gradient, and a tensor must come back so that its hooks on the parameter run."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    if getattr(weight, "zero_out_wgrad", False):
-        return torch.zeros_like(weight)
+def _dummy(weight: torch.Tensor) -> torch.Tensor:
+    """A gradient without values, one in a process for all weights of a kind."""
     key = (weight.shape, weight.dtype, weight.device)
     if key not in _dummies:
         _dummies[key] = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return _dummies[key].detach()
+    return _dummies[key]
+
+
+def _after_accumulation(weights: Sequence[Any]) -> Sequence[torch.Tensor | None]:
+    """Megatron's protocol: the flag says that main_grad has the gradient, and a tensor must come back so that its hooks on the parameter run."""
+    results: list[torch.Tensor | None] = []
+    dummy: torch.Tensor | None = None
+    for weight in weights:  # 128 of them in a layer of DeepSeek-V2-Lite
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            results.append(None)
+            continue
+        weight.grad_added_to_main_grad = True
+        if getattr(weight, "zero_out_wgrad", False):
+            results.append(torch.zeros_like(weight))
+            continue
+        dummy = _dummy(weight) if dummy is None else dummy  # the experts are alike
+        results.append(dummy.detach())
+    return results

@@ -10,6 +10,7 @@ from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, groupe
 from .moments import moments
 from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
+from .routing import chosen_experts, chosen_experts_backward
 from .tanh import tanh_bound, tanh_bound_backward
 from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
 
@@ -20,6 +21,8 @@ __all__ = [
     "RowMap",
     "SendMap",
     "XieluGradients",
+    "chosen_experts",
+    "chosen_experts_backward",
     "combine_rows",
     "combine_sent",
     "copies_of_rows",

@@ -99,8 +99,8 @@ def check_grouped_gemm(a: ScaledTensor, b: GroupedTensor, block_expert: torch.Te
     _check_out(out, (a.shape[0], b.payload.shape[1]))
 
 
-def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor, out: torch.Tensor | Sequence[torch.Tensor]) -> None:
-    """Raise unless ``a_t [N, rows]`` and ``b_t [K, rows]`` multiply into ``out [E, N, K]`` (or E matrices [N, K]), expert by expert."""
+def check_wgrad_operands(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor) -> None:
+    """Raise unless ``a_t [N, rows]`` and ``b_t [K, rows]`` multiply, expert by expert."""
     for name, q in (("a_t", a_t), ("b_t", b_t)):
         if q.payload.dim() != 2:
             raise ValueError(f"{name} must be a transposed payload [cols, rows], got shape {tuple(q.payload.shape)}; make it with grouped_fold_transpose")
@@ -113,15 +113,13 @@ def check_grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.T
     if rows == 0 or rows % TILE:
         raise ValueError(f"a grouped buffer needs a positive multiple of {TILE} rows, got {rows}; pad every expert's group to {TILE} (zero tokens: one block)")
     check_offsets(offsets, experts, a_t.device)
-    shape = (a_t.payload.shape[0], b_t.payload.shape[0])
+
+
+def check_outs(out: torch.Tensor | Sequence[torch.Tensor], experts: int, shape: tuple[int, int]) -> None:
+    """Raise unless ``out`` is [E, N, K], or one contiguous matrix per expert, each in memory of its own, alike in dtype and device. shape: (N, K)."""
     if isinstance(out, torch.Tensor):
         _check_out(out, (experts, *shape))
-    else:
-        _check_outs(out, experts, shape)
-
-
-def _check_outs(out: Sequence[torch.Tensor], experts: int, shape: tuple[int, int]) -> None:
-    """Raise unless ``out`` is one contiguous matrix per expert, each in memory of its own, alike in dtype and device."""
+        return
     if len(out) != experts:
         raise ValueError(f"out has {len(out)} matrices for {experts} experts; give one {shape} matrix per expert")
     dtype, device = out[0].dtype, out[0].device
@@ -183,7 +181,8 @@ def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor,
     Experts without rows: zero, or left alone. promote: ignored here. Returns ``out``.
     """
     del promote
-    check_grouped_wgrad(a_t, b_t, offsets, out)
+    check_wgrad_operands(a_t, b_t, offsets)
+    check_outs(out, a_t.scale.shape[0], (a_t.payload.shape[0], b_t.payload.shape[0]))
     for expert, group in enumerate(_groups(offsets)):
         if accumulate and group.start == group.stop:
             continue

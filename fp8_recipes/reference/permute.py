@@ -204,8 +204,15 @@ def sum_rows(y: torch.Tensor, destination: torch.Tensor, weight: torch.Tensor | 
     return total.bfloat16()
 
 
-def copies_of_rows(values: torch.Tensor, row_map: RowMap) -> torch.Tensor:
-    """One number per row -> one per copy: [rows] -> [T, K], 0 for dropped copies. Takes the gradient of prob back to the router."""
+def check_copies(values: torch.Tensor, row_map: RowMap) -> None:
+    """Raise unless `copies_of_rows` takes these."""
     if values.shape != (row_map.rows,):
         raise ValueError(f"the map is of {row_map.rows} rows, so values must have shape ({row_map.rows},); got {tuple(values.shape)}")
+    if values.dtype != torch.float32:
+        raise TypeError(f"values must be float32, got {values.dtype}")
+
+
+def copies_of_rows(values: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+    """One number per row -> one per copy: [rows] fp32 -> [T, K], 0 for dropped copies. Takes the gradient of prob back to the router."""
+    check_copies(values, row_map)
     return values[row_map.destination.clamp(min=0).long()].masked_fill_(row_map.destination < 0, 0.0)

@@ -68,6 +68,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("tanh", "_tanh_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 4))
     found.append(("tanh", "_tanh_backward_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 8))
     found += permute_cases()
+    found += routing_cases()
     found += dispatch_cases()
     found += moments_cases()
     for group, source, e5m2 in ((0, "*fp32", True), (128, "*fp32", False), (32, "*u8", True)):
@@ -129,6 +130,19 @@ def permute_cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("permute", "_count_kernel", {"COPIES": 128}, index, 0))
     found.append(("permute", "_scan_kernel", {"EXPERTS": 16}, index, 0))
     found.append(("permute", "_place_kernel", {"COPIES": 128, "EXPERTS": 256, "num_warps": 8}, index, 0))
+    return found
+
+
+def routing_cases() -> list[tuple[str, str, dict, dict, int]]:
+    """From the router's map to ids and probabilities and back, at the widths of DeepSeek-V2-Lite and V3."""
+    found: list[tuple[str, str, dict, dict, int]] = []
+    for k, slots, tokens, e, prob in ((6, 8, 32, 64, "*fp32"), (8, 8, 8, 256, "*bf16")):
+        types = {"prob_ptr": prob, "map_ptr": "*u8", "index_ptr": "*i32", "grad_ptr": "*fp32"}
+        numbers = {"K": k, "TOKENS": tokens, "E": e}
+        found.append(("routing", "_chosen_experts_kernel", {**numbers, "SLOTS": slots}, types | {"out_ptr": "*fp32"}, 0))
+        found.append(("routing", "_chosen_experts_backward_kernel", numbers, types | {"out_ptr": prob}, 0))
+    types = {"value_ptr": "*fp32", "destination_ptr": "*i32", "out_ptr": "*fp32"}
+    found.append(("routing", "_copies_of_rows_kernel", {"BLOCK": 1024}, types, 0))
     return found
 
 

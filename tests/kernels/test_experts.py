@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from importlib import import_module
 
 import pytest
@@ -80,20 +82,57 @@ def test_one_expert_is_a_weight(device):
         assert_bitwise(q.scale[0], alone.scale)
 
 
+def known(w):
+    return module._known_weights(w)
+
+
 def test_parameters_and_changed_values(device):
-    """The table holds addresses, not values: a step of the optimizer needs no new one, other memory does."""
+    """A step of the optimizer changes values and needs no new table; other memory, and other tensors in it, do."""
     w = [torch.nn.Parameter(t) for t in weights(2, 16, 32, device)]
-    module._table.cache_clear()
     check(w)
+    first = known(w)
     with torch.no_grad():
         for t in w:
             t.copy_(torch.randn(16, 32))
     check(w)
-    assert module._table.cache_info().currsize == 1
-    w[0].data = torch.randn(16, 32, device=device).bfloat16()
+    assert known(w) is first and known(tuple(w)) is first
+    w[1].data = torch.randn(16, 32, device=device).bfloat16()
     check(w)
+    second = known(w)
+    assert second is not first and second.table[0].tolist() == [t.data_ptr() for t in w]
     check(w[::-1])
-    assert module._table.cache_info().currsize == 3
+    assert known(w[::-1]).addresses == second.addresses[::-1]
+    assert known(w[:1]).addresses == second.addresses[:1]
+
+
+def test_what_is_known_is_checked_again(device):
+    """Whatever changes about a known set of weights meets the checks: another tensor, other memory, another kind."""
+    w = [torch.nn.Parameter(t) for t in weights(3, 16, 32, device)]
+    amax = torch.ones(3, device=device)
+    quantize_experts(w, amax)
+    half = torch.nn.Parameter(w[2].detach()[:8])  # the same address
+    with pytest.raises(ValueError, match=r"weights\[2\] is torch.bfloat16 \(8, 32\)"):
+        quantize_experts([*w[:2], half], amax)
+    w[1].data = torch.randn(32, 16, device=device).bfloat16().t()
+    with pytest.raises(ValueError, match=r"weights\[1\] of strides \(1, 16\)"):
+        quantize_experts(w, amax)
+    w[1].data = torch.randn(16, 32, device=device).bfloat16()
+    quantize_experts(w, amax)
+    w[0].data = w[0].data.float()
+    with pytest.raises(ValueError, match=r"weights\[1\] is torch.bfloat16 .* weights\[0\] is torch.float32"):
+        quantize_experts(w, amax)
+
+
+def test_copies_of_a_known_weight(device):
+    """A parameter that carries what is known of its set can be copied and pickled; the copy knows nothing."""
+    w = [torch.nn.Parameter(t) for t in weights(2, 16, 32, device)]
+    check(w)
+    stored = io.BytesIO()
+    torch.save(w, stored)
+    stored.seek(0)
+    for copied in (copy.deepcopy(w), torch.load(stored, weights_only=False)):
+        assert known(copied).addresses == tuple(t.data_ptr() for t in copied) != known(w).addresses
+        check(copied)
 
 
 def test_bad_input(device):

@@ -68,6 +68,7 @@ KERNELS = {  # of one forward and backward: moe_saved=h, main_grad, predicted sc
     "_grouped_fold_transpose_kernel": 4,
     "_grouped_wgrad_kernel": 2,
     "_combine_rows_kernel": 2,
+    "_copies_of_rows_kernel": 1,
 }
 
 
