@@ -17,6 +17,9 @@ def describe(recipe: Recipe) -> str:
     """One line about a recipe, made from its fields."""
     if not recipe.quantize:
         return "no quantisation: the baseline"
+    attention = "; attention's products in FP8" if recipe.attention == "fp8" else ""
+    if recipe.stock:
+        return f"TransformerEngine's {recipe.stock} scaling, x and w {recipe.weight}, dy {recipe.grad}{attention} (Megatron and TransformerEngine only)"
 
     def side(granularity: str, fmt: str) -> str:
         folded = f"{granularity} folded to row" if recipe.folded and granularity != "row" else granularity
@@ -26,7 +29,7 @@ def describe(recipe: Recipe) -> str:
     x, dy = side(recipe.activation_granularity, recipe.activation), side(recipe.grad_granularity, recipe.grad)
     both = f"x, dy: {x}" if x == dy else f"x: {x}; dy: {dy}"
     w = f"w: {recipe.weight} per {recipe.weight_granularity}, {recipe.weight_scale} scale"
-    return f"{both}; {w}; {'FP8 products' if recipe.folded else 'exact bf16 products (for checking)'}"
+    return f"{both}; {w}; {'FP8 products' if recipe.folded else 'exact bf16 products (for checking)'}{attention}"
 
 
 def _recipe(spec: str) -> Recipe:

@@ -33,6 +33,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weight_cache": ("none", "row"),
     "moe": ("none", "flow"),
     "moe_saved": ("activation", "h", "input"),
+    "attention": ("bf16", "fp8"),
+    "stock": ("", "delayed"),
 }
 
 RECIPES: dict[str, Recipe] = {}
@@ -61,6 +63,10 @@ class Recipe:
     moe_saved: what such a layer keeps for backward beside the quantised tokens as they arrived: "activation" (fc1's output h and the SwiGLU's, both FP8),
         "h" (h in FP8; the SwiGLU again), or "input" (nothing; permute, fc1 and the SwiGLU again).
     dense: name of the recipe that every other layer of the model runs; empty = this one.
+    attention: "fp8" runs QK^T and PV, forward and backward, in TransformerEngine's FP8 attention (cuDNN) with delayed scaling of Q, K, V, S, O and their
+        gradients; E4M3 forward, E5M2 backward. "bf16" leaves attention alone.
+    stock: "delayed" leaves the linear layers to TransformerEngine's delayed scaling (of the last 1024 maxima, per tensor), in the formats of `weight` and
+        `grad`; empty = this package's quantisation.
     """
 
     name: str
@@ -81,6 +87,8 @@ class Recipe:
     moe: str = "none"
     moe_saved: str = "h"
     dense: str = ""
+    attention: str = "bf16"
+    stock: str = ""
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -100,6 +108,20 @@ class Recipe:
         if self.weight_scale == "predicted" and self.weight_granularity != "tensor":
             raise RecipeError(f"recipe {self.name!r}: weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor")
         self._check_moe()
+        self._check_stock()
+
+    def _check_stock(self) -> None:
+        if self.attention == "fp8" and not self.quantize:
+            raise RecipeError(f"recipe {self.name!r}: attention=fp8 runs inside an FP8 recipe; use quantize=true, or attention=bf16")
+        if self.attention == "fp8" and (self.dense or self.moe != "none"):
+            raise RecipeError(f"recipe {self.name!r}: attention=fp8 was not tried with experts (moe, dense); use attention=bf16")
+        own = [f for f in fields(self) if f.name not in ("name", "attention", "stock", "grad", "activation", "weight")] if self.stock else []
+        for f in own:
+            if getattr(self, f.name) != f.default:
+                raise RecipeError(
+                    f"recipe {self.name!r}: {f.name}={getattr(self, f.name)} belongs to this package's quantisation, and stock={self.stock} leaves the linear "
+                    "layers to TransformerEngine's; drop it, or use a recipe of this package with attention=fp8 (moss:attention=fp8)"
+                )
 
     def _check_moe(self) -> None:
         if self.moe == "flow":
@@ -166,6 +188,11 @@ RECIPES.update({r.name: r for r in (MOSS, MOSS_EXACT, TILE, ROW, BF16)})
 FP8_FLOW_MOE = Recipe("fp8_flow_moe", weight_scale="predicted", moe="flow", dense="moss")
 """FP8-Flow-MoE: experts in FP8 from dispatch to combine with two casts per layer and step; every other layer runs MOSS."""
 RECIPES[FP8_FLOW_MOE.name] = FP8_FLOW_MOE
+
+FOG = Recipe("fog", grad="e5m2", attention="fp8", stock="delayed")
+"""FOG as published: linear layers and both products of attention in FP8 with delayed scaling. Made for FOG's architectures; this package's own quantisation
+with FP8 attention is "moss:attention=fp8"."""
+RECIPES[FOG.name] = FOG
 
 
 def from_name(spec: str) -> Recipe:

@@ -55,8 +55,8 @@ def test_overrides_are_typed() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mos", r"unknown recipe 'mos'; known: moss, moss_exact, tile, row, bf16, fp8_flow_moe \(did you mean moss"),
-        ("zzz", r"unknown recipe 'zzz'; known: .*fp8_flow_moe$"),
+        ("mos", r"unknown recipe 'mos'; known: moss, moss_exact, tile, row, bf16, fp8_flow_moe, fog \(did you mean moss"),
+        ("zzz", r"unknown recipe 'zzz'; known: .*fog$"),
         ("moss:intervall=3", r"recipe 'moss' has no key 'intervall' \(did you mean interval.*\); keys: name, activation"),
         ("moss:interval", r"'moss:interval': override 'interval' must be key=value"),
         ("moss:interval=often", r"recipe 'moss': interval='often' must be an integer"),
@@ -83,6 +83,9 @@ def test_overrides_are_typed() -> None:
         ("moss_exact:moe=flow", r"moe=flow folds every operand of its grouped products; it needs fold=row, or use moe=none"),
         ("fp8_flow_moe:wgrad_fold=tensor", r"it needs wgrad_fold=column_block, or use moe=none"),
         ("bf16:moe=flow", r"it needs quantize=True, or use moe=none"),
+        ("bf16:attention=fp8", r"attention=fp8 runs inside an FP8 recipe; use quantize=true, or attention=bf16"),
+        ("fp8_flow_moe:attention=fp8", r"attention=fp8 was not tried with experts"),
+        ("fog:interval=200", r"interval=200 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
         ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
         ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),
         ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),

@@ -20,7 +20,7 @@ from typing import Any
 from .. import recipe as recipes
 from ..recipe import Recipe, RecipeError
 from ..weight_scaling import adam_update_bound
-from . import fog_arguments, moe_arguments
+from . import attention_arguments, fog_arguments, moe_arguments
 
 STOCK = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
 """Values of --fp8-recipe that belong to Megatron 0.19."""
@@ -91,6 +91,7 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument("--fp8-metrics-log", metavar="PATH", default=None, help="append the metrics as JSON lines, for fp8-recipes inspect")
         group.add_argument("--fp8-alarm", choices=("warn", "stop"), default="warn", help="an alarm of the metrics warns, or saves and ends the run")
     fog_arguments.extend_parser(parser)
+    attention_arguments.extend_parser(parser)
     return parser
 
 

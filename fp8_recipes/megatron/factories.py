@@ -17,7 +17,7 @@ from ..recipe import RECIPES
 def recipe_name(path: str) -> str | None:
     """The recipe that a dotted path of this module names, or None for a path elsewhere."""
     module, _, name = path.rpartition(".")
-    return name if module == __name__ and name in RECIPES and RECIPES[name].quantize else None
+    return name if module == __name__ and name in RECIPES and RECIPES[name].quantize and not RECIPES[name].stock else None
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ import torch
 
 from ..recipe import RecipeError
 from ..te.shims import replace
-from . import arguments, fog_arguments, metrics
+from . import arguments, attention_arguments, fog_arguments, metrics
 
 SUPPORTED = ((0, 19), (0, 20))
 """Megatron-Core versions [from, to) that the shims were tried with (0.19.2)."""
@@ -74,6 +74,7 @@ def install() -> None:
     fused_mlp()
     flow_moe()
     embedding_multiplier()
+    one_region_around_the_layers()
     dataset_helpers()
     from .weight_scaling_hook import install as install_weight_scaling
 
@@ -110,7 +111,7 @@ def early_validation() -> None:
 
     def wrapper(original: Any) -> Any:
         def validate_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
-            notes = fog_arguments.prepare(args) + arguments.prepare(args)
+            notes = fog_arguments.prepare(args) + attention_arguments.prepare(args) + arguments.prepare(args)
             arguments.check(args)
             metrics.check(args)
             if getattr(args, "rank", 0) == 0:
@@ -220,6 +221,29 @@ def embedding_multiplier() -> None:
         return forward
 
     replace(upstream.LanguageModelEmbedding, "forward", wrapper)
+
+
+def one_region_around_the_layers() -> None:
+    """``TransformerBlock.forward``: inside one FP8 region where our recipe has FP8 attention, as upstream does for delayed scaling.
+
+    Upstream opens a region per layer for every other recipe, and TransformerEngine moves *all* delayed maxima on whenever an outermost region ends: with L
+    layers a history of 1024 steps would hold 1024 / L. 0.19. Can go when the choice depends on the recipe's state and not on its name.
+    """
+    from megatron.core.transformer import transformer_block as upstream
+
+    def wrapper(original: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            spec = arguments.in_force(self.config)
+            if spec is None or arguments.resolve(spec).attention != "fp8":
+                return original(self, *args, **kwargs)
+            from megatron.core.fp8_utils import get_fp8_context
+
+            with get_fp8_context(self.config):
+                return original(self, *args, **kwargs)
+
+        return forward
+
+    replace(upstream.TransformerBlock, "forward", wrapper)
 
 
 # --- things that the released wheel lacks -----------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ def fp8_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantize:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if recipe.stock or recipe.attention != "bf16":
+        raise RecipeError(
+            f"recipe {recipe.name!r}: stock={recipe.stock or '(none)'} and attention={recipe.attention} are TransformerEngine's and Megatron's to run; "
+            "in plain torch use a recipe of this package with attention=bf16, for example moss"
+        )
     if recipe.weight_cache != "none":
         raise RecipeError(
             f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; "

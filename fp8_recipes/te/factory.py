@@ -8,15 +8,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformer_engine.common.recipe import CustomRecipe
+from transformer_engine.common.recipe import CustomRecipe, DelayedScaling
 from transformer_engine.common.recipe import Format as TEFormat
 from transformer_engine.pytorch import IdentityQuantizer, QuantizerRole
+from transformer_engine.pytorch.quantization import DelayedScalingRequest
 
 from ..recipe import Recipe, RecipeError, from_name
 from .quantizers import FP8Quantizer
 from .shims import install
 
 LINEAR_TENSORS = ("input", "weight", "grad_output")
+HISTORY = 1024
+"""Steps whose maxima the delayed scales of FP8 attention look at, as in FOG (arXiv 2505.20524)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Factory:
     recipe: Recipe
 
     def __call__(self, role: QuantizerRole | None) -> Any:
+        if self.recipe.attention == "fp8" and role is not None and _of_attention(role):
+            return DelayedScalingRequest(fp8_format=TEFormat.HYBRID, amax_history_len=HISTORY, amax_compute_algo="max", reduce_amax=True)
         if role is None or role.tensor_type not in LINEAR_TENSORS:
             return IdentityQuantizer()  # module outputs and input gradients stay bf16
         if role.module_type == "grouped_linear":
@@ -34,6 +39,12 @@ class Factory:
                 "Leave the experts outside this autocast, or choose a recipe for MoE."
             )
         return FP8Quantizer(self.recipe, role.tensor_type)
+
+
+def _of_attention(role: QuantizerRole) -> bool:
+    """Is this slot one of DotProductAttention's? Its output and the gradient of its inputs have a hint for a name only; the kernel wants FP8 quantizers there
+    too. On Hopper all of them must be delayed: TransformerEngine takes current scaling in attention from Blackwell on."""
+    return role.module_type == "dpa" or (not role.module_type and ("dpa_output" in role.name or "dpa_grad_input" in role.name))
 
 
 @dataclass(repr=False)
@@ -48,20 +59,25 @@ class FP8Recipe(CustomRecipe):
             )
 
 
-def build(spec: str | Recipe) -> FP8Recipe:
-    """One FP8Recipe object per recipe value."""
+def build(spec: str | Recipe) -> FP8Recipe | DelayedScaling:
+    """One recipe object per recipe value: an FP8Recipe, or TransformerEngine's own where the recipe leaves the linears to it."""
     return _build(from_name(spec) if isinstance(spec, str) else spec)
 
 
 @cache
-def _build(value: Recipe) -> FP8Recipe:
+def _build(value: Recipe) -> FP8Recipe | DelayedScaling:
     if not value.quantize:
         raise RecipeError(f"recipe {value.name!r} quantises nothing: run without te.autocast instead")
+    fp8_attention, hybrid = value.attention == "fp8", value.grad == "e5m2"
+    if value.stock:
+        return DelayedScaling(
+            fp8_format=TEFormat.HYBRID if hybrid else TEFormat.E4M3, amax_history_len=HISTORY, amax_compute_algo="max", fp8_dpa=fp8_attention
+        )
     install()
-    grads_e5m2 = value.grad == "e5m2"
     return FP8Recipe(
         qfactory=Factory(value),
-        fp8_format=TEFormat.HYBRID if grads_e5m2 else TEFormat.E4M3,
+        fp8_dpa=fp8_attention,
+        fp8_format=TEFormat.HYBRID if hybrid or fp8_attention else TEFormat.E4M3,  # of attention; our quantizers know theirs
         quantization_alignment=16,
         backward_override=None,
     )
