@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fp8_recipes
-from fp8_recipes import RECIPES
+from fp8_recipes import RECIPES, demo_report
 from fp8_recipes.cli import describe, main
+from fp8_recipes.demo import Setup, setup
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,6 +20,17 @@ def tiny_text(folder: Path) -> Path:
     path = folder / "text.txt"
     path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
     return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of one narrow layer and two short rows per batch, for tests of what it is asked to do and not of what it trains."""
+
+    def shrink(*arguments) -> Setup:
+        chosen = setup(*arguments)
+        return replace(chosen, gpt=replace(chosen.gpt, layers=1, width=32, heads=2, ffn=64, seq=32), batch=2, eval_batches=1)
+
+    monkeypatch.setattr(demo_report, "setup", shrink)
 
 
 def test_demo_writes_table_log_summary_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +80,7 @@ def test_mistakes_are_one_sentence_and_code_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_demo_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str], small: None) -> None:
     out = tmp_path / "out"
     arguments = ["--steps", "2", "--device", "cpu", "--out", str(out), "--data", str(tiny_text(tmp_path))]
     assert main(["demo", "--arch", "fog-flash:tanh_alpha=1", *arguments]) == 0
@@ -90,7 +103,7 @@ def test_missing_packages_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "pip install rich matplotlib" in capsys.readouterr().err
 
 
-def test_recipe_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str], small: None) -> None:
     pytest.importorskip("yaml", reason="pyyaml is needed to read recipes from files")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("base: row\nname: mine\ngrad: e5m2\n")
