@@ -25,6 +25,7 @@ from ..metrics import Alarm, Alarms, JsonLines, MonitorHooks, RunMetrics, Target
 from ..metrics.hooks import BLOCK_OUTPUT, DOWN_INPUT, QKV, in_backward
 from ..metrics.sinks import read_kurtosis
 from ..recipe import RecipeError
+from ..reference.permute import PADDING_SCALE, PADDING_TILE_EXPONENT
 from ..tensor import ScaledTensor
 from ..weight_scaling import ATTRIBUTE
 
@@ -109,6 +110,8 @@ def observe_quantised(chunks: list[torch.nn.Module], hooks: MonitorHooks) -> Non
         predicted += [(f"{path}.weight", p) for path, module in named for p in module.parameters(recurse=False) if hasattr(p, ATTRIBUTE)]
         if getattr(layer.mlp, "linear_fc2", None) is not None:
             layer.mlp.fp8_observer = _fused_observer(hooks, layer, name)  # type: ignore[union-attr]
+        if getattr(layer.mlp, "experts", None) is not None:
+            layer.mlp.fp8_observer = _experts_observer(hooks, layer, name)  # type: ignore[union-attr]
     hooks.before_reading.append(lambda: _add_predicted(hooks, predicted))
 
 
@@ -123,6 +126,30 @@ def _fused_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) -> A
             hooks.table.add(f"{name}.{DOWN_INPUT}", ops.dequantize(q, torch.bfloat16))
 
     return observer
+
+
+def _experts_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) -> Any:
+    """For experts that `nn.experts` runs, where no module is called: inputs and gradients of all experts of this rank together. The fold that is counted is
+    to one target for all of them, an upper bound of the folds of each."""
+
+    def observer(linear: str, role: str, x: torch.Tensor | None, q: ScaledTensor, source: torch.Tensor | None) -> None:
+        if not (hooks.active and layer.training) or q.shape[0] == 0 or (role == "input" and in_backward()):
+            return
+        q, absent = (q, None) if source is None else _tokens_only(q, source)
+        hooks.observe(f"{name}.mlp.experts.{linear}", role, x, q, absent)
+        if (linear, role) == ("linear_fc2", "input"):
+            values = q.payload.to(torch.bfloat16).mul_(q.scale[:, None].to(torch.bfloat16))  # exact
+            hooks.table.add(f"{name}.{DOWN_INPUT}", values, absent=absent)
+
+    return observer
+
+
+def _tokens_only(q: ScaledTensor, source: torch.Tensor) -> tuple[ScaledTensor, torch.Tensor]:
+    """(q [rows, cols] of a grouped buffer with zeros under the smallest scale in rows that hold no token, how many those are), on the device."""
+    empty = source < 0
+    payload = q.payload.view(torch.uint8).masked_fill(empty[:, None], 0).view(q.payload.dtype)
+    tiles = None if q.tile_exponent is None else q.tile_exponent.masked_fill(empty[:, None], PADDING_TILE_EXPONENT)
+    return ScaledTensor(payload, q.scale.masked_fill(empty, PADDING_SCALE), "row", tile_exponent=tiles), empty.sum()
 
 
 def _add_predicted(hooks: MonitorHooks, weights: list[tuple[str, Any]]) -> None:

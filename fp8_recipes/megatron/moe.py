@@ -156,6 +156,7 @@ def routed_experts(layer: Any, recipe: Recipe, hidden: torch.Tensor, probs: torc
         recipe=flow.recipe,
         dispatcher=flow.dispatcher,
         num_experts=layer.config.num_moe_experts,
+        observer=getattr(layer, "fp8_observer", None),  # set by `metrics`
     )
     fc1.is_first_microbatch = fc2.is_first_microbatch = False
     return y.view(hidden.shape)

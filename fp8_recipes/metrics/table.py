@@ -133,11 +133,12 @@ class MomentTable:
         fold: bool = True,
         shard: Any = None,
         copies: int = 1,
+        absent: torch.Tensor | None = None,
     ) -> None:
         """Add a tensor x [..., features] and / or its quantised form under ``name``. No tokens: nothing happens.
 
         scale, fmt: the scale under which x is about to be cast, without q. fold: count fold flushes. shard: process group over which the features are split.
-        copies: on how many ranks this very tensor is added.
+        copies: on how many ranks this very tensor is added. absent: 0-dim, how many rows are no tokens; these hold zeros, which only `elements` would count.
         """
         if x is not None:
             x = x.detach().reshape(-1, x.shape[-1]).contiguous()
@@ -151,6 +152,8 @@ class MomentTable:
             row_sums = torch.empty(some.shape[0], 2, dtype=torch.float64, device=some.device)
             self._parts.append(_Parts(name, row_sums, some.shape[1], shard))
         ops.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=self.row(name, some.device, copies), row_sums=row_sums)
+        if absent is not None:
+            self._rows[name][FIELDS.index("elements")] -= absent * some.shape[1]
 
     def reset(self) -> None:
         """Forget the sums, keep the names."""

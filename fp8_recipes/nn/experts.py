@@ -13,7 +13,7 @@ Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -130,12 +130,19 @@ def _predicted(weights: Sequence[torch.Tensor], states: Sequence[PredictedScale]
 
 @dataclass(frozen=True)
 class Flow:
-    """What `run_experts` needs beside tensors. num_experts: of the whole model. save: keep for backward (False: inference, or a pass that is recomputed)."""
+    """What `run_experts` needs beside tensors. num_experts: of the whole model. save: keep for backward (False: inference, or a pass that is recomputed).
+    observer: ``observer(linear, role, x, q, source)`` sees what is quantised, as that of the fused MLP does: linear "linear_fc1" or "linear_fc2", role "input"
+    or "grad", x None where a fused kernel made q. source: None for this rank's tokens; of a grouped buffer [rows] int32, -1 where q's row is undefined."""
 
     recipe: Recipe
     dispatcher: Dispatcher
     num_experts: int
     save: bool = True
+    observer: Callable[[str, str, torch.Tensor | None, ScaledTensor, torch.Tensor | None], None] | None = None
+
+    def see(self, linear: str, role: str, x: torch.Tensor | None, q: ScaledTensor, source: torch.Tensor | None = None) -> None:
+        if self.observer is not None:
+            self.observer(linear, role, x, q, source)
 
     def activation(self) -> dict[str, Any]:
         """Granularity, format and fold of a quantised activation."""
@@ -172,6 +179,7 @@ class _Experts(torch.autograd.Function):
         w1, w2 = expert_operand(weights[:experts], recipe), expert_operand(weights[experts:], recipe)
         plan = dispatcher.plan(expert_index, flow.num_experts)
         q = _quantize(x.detach(), flow.activation())  # cast 1
+        flow.see("linear_fc1", "input", x.detach(), q)
         w1_row = w1.row()  # launched before the dispatcher has to wait for its counts
         q, index, arrived_prob = dispatcher.dispatch(q, prob.detach(), plan)
         assert index is not None
@@ -183,6 +191,7 @@ class _Experts(torch.autograd.Function):
         act = ops.swiglu_quantize(h, **flow.activation(), prob=row_prob, save_h=keep_h)
         del h
         act, saved_h = act if keep_h else (act, None)
+        flow.see("linear_fc2", "input", None, act, row_map.source)
         y = ops.grouped_gemm(act, w2.row(), row_map.block_expert)  # [rows, F] @ [F, H]
         if flow.save:
             kept = act if recipe.moe_saved == "activation" else None
@@ -206,7 +215,9 @@ class _Experts(torch.autograd.Function):
         row_map, (w1, w2), plan = ops.RowMap(*saved[10:15]), ctx.operands, ctx.plan
         del saved
         assert q is not None
-        dyq, _, _ = flow.dispatcher.dispatch(_quantize(dy.contiguous(), flow.grad()), None, plan)  # cast 2
+        dyq = _quantize(dy.contiguous(), flow.grad())  # cast 2
+        flow.see("linear_fc2", "grad", dy, dyq)
+        dyq, _, _ = flow.dispatcher.dispatch(dyq, None, plan)
         dyq, _ = ops.gather_rows(dyq, row_map)
         recomputed = _fc1(q, row_map, w1) if h is None else h
         del h
@@ -218,6 +229,7 @@ class _Experts(torch.autograd.Function):
         da = ops.grouped_gemm(dyq, w2.transposed(), row_map.block_expert)  # [rows, H] @ [H, F]
         del dyq
         dh, drow_prob = ops.swiglu_backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
+        flow.see("linear_fc1", "grad", None, dh, row_map.source)
         del da, recomputed
         dx = dprob = None
         if need_x:

@@ -33,12 +33,14 @@ def moe_experts(
     recipe: Recipe,
     dispatcher: Dispatcher | None = None,
     num_experts: int | None = None,
+    observer: Any = None,
 ) -> torch.Tensor:
     """``y[t] = sum_k prob[t, k] * w2[e] swiglu(w1[e] x[t])``, e = expert_index[t, k], in FP8 from dispatch to combine as `recipe` (moe="flow") says.
 
     x: [T, H] bf16 (or fp32, fp16). expert_index: [T, K] int32, ids in the whole model, -1 = dropped copy. prob: [T, K] fp32.
     w1: the L experts of this rank, [2F, H] = [gate; up] each; w2: [H, F] each; contiguous bf16 or fp32 parameters anywhere in memory.
     dispatcher: how tokens reach their experts (`nn.dispatch`); None: every expert is on this rank. num_experts: of the whole model; None: L.
+    observer: sees every tensor that is quantised (`nn.experts.Flow`), for metrics.
     H and F are multiples of 16; on CUDA an F that is no multiple of 128 costs the fused gradient of SwiGLU.
     Returns [T, H] in x's dtype. Gradients of x, prob and the weights; weights with ``main_grad`` get theirs added there and ``weight.grad`` stays None.
     No tokens: y is empty, the weights' gradients are zero. NaN in a token stays in its row of y, of dx and prob's gradient, and in its experts' gradients.
@@ -57,7 +59,7 @@ def moe_experts(
     if recipe.moe != "flow":
         raise RecipeError(f"recipe {recipe.name!r}: moe={recipe.moe} has no grouped products; use fp8_flow_moe, or {recipe.name}:moe=flow if it folds to rows")
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, prob, *w1, *w2))
-    return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, save), w1, w2)
+    return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, save, observer), w1, w2)
 
 
 def _check_inputs(
