@@ -5,6 +5,7 @@
 #   MODEL=dense_8l_7b STEPS=10 GPUS=1 scripts/bench_megatron.sh out bf16 tensorwise delayed blockwise moss
 #   MODEL=moe_6l_v2lite ROUNDS=2 EXTRA=--moe-router-force-load-balancing scripts/bench_megatron.sh out bf16@32 blockwise tensorwise fp8_flow_moe
 #
+# MODEL+RECIPE takes that model instead of $MODEL, so that architectures of one geometry meet in one job: llama3_8l_8b+bf16 fog_8l_8b+fog.
 # RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time.
 # Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table. EXTRA: more Megatron flags for every run.
 set -euo pipefail
@@ -31,8 +32,9 @@ while [[ $# -gt 0 ]]; do
   connections=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   [[ $recipe == *@* ]] && connections=${recipe##*@}
   echo "== $name -> $log"
-  status=0
-  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "${MODEL:-dense_8l_7b}" --recipe "${recipe%@*}" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" -- "${extra[@]}" >"$log" 2>&1 || status=$?
+  status=0 spec=${recipe%@*} model=${MODEL:-dense_8l_7b}
+  [[ $spec == *+* ]] && model=${spec%%+*} spec=${spec#*+}
+  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "$model" --recipe "$spec" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" -- "${extra[@]}" >"$log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$log" >&2
     echo "bench_megatron.sh: $name ended with status $status; its log is $log" >&2

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # 158 M parameters: 10 of the 16 layers of the 390M model of FOG (arXiv 2505.20524), with bytes for tokens: hidden 1024, FFN 6144 without a gate (1.5 x 4096),
-# 8 heads of 128 with 4 key heads, sequence 2048. FOG-flash; "-- --fog max" after the launcher's own options makes it FOG-max. 131072 tokens per step.
+# 8 heads of 128 with 4 key heads, sequence 2048. FOG-flash; fog_max_150m is FOG-max. 131072 tokens per step.
 MODEL_ARGS=(
   --num-layers 10
   --hidden-size 1024

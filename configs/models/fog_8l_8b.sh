@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # 8 of the 32 layers of an 8B (hidden 4096, 32 heads of 128 with 8 key heads, sequence 4096), FOG-flash: FFN 21504 without a gate (1.5 x 14336); 32000 words.
-# "-- --fog max" after the launcher's own options makes it FOG-max. The speed benchmark beside llama3_8l_8b: micro-batch 2, global batch 8.
+# fog_max_8l_8b is FOG-max. The speed benchmark beside llama3_8l_8b: micro-batch 2, global batch 8.
 MODEL_ARGS=(
   --num-layers 8
   --hidden-size 4096

@@ -57,6 +57,12 @@ def is_flow(spec: str | None) -> bool:
     return spec is not None and is_ours(spec) and resolve(str(spec)).moe == "flow"
 
 
+def fp8_attention(args: Any) -> bool:
+    """Do both products of attention run in FP8? ``args``: prepared arguments."""
+    spec = in_force(args)
+    return resolve(spec).attention == "fp8" if spec else bool(getattr(args, "fp8_dot_product_attention", False) and args.fp8)
+
+
 def recipe_type(value: str) -> str:
     """argparse type of --fp8-recipe: stock values and valid specifications pass, anything else is reported with its near misses."""
     if value in STOCK:

@@ -13,7 +13,7 @@ per feature or per layer, replicated over tensor-parallel ranks. How their gradi
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -188,7 +188,42 @@ class XIELU(parts.XIELU):
         raw = torch.cat((self.alpha_p, self.alpha_n)).float()
         if self.tp_group.size() > 1:
             raw = copy_to_tensor_model_parallel_region(raw, group=self.tp_group)
-        return torch.nn.functional.softplus(raw) + torch.tensor((0.0, parts.BETA), device=raw.device)
+        soft = torch.nn.functional.softplus(raw)
+        return torch.stack((soft[0], soft[1] + parts.BETA))  # no constant to be copied to the device
+
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (_CompiledXielu if x.is_cuda else parts._Xielu).apply(x, self.alpha())
+
+
+class _CompiledXielu(torch.autograd.Function):
+    """`nn.fog.XIELU` in one pass each way, for layers whose quantisation is not this package's: x and dy are as wide as the FFN, and eager fp32 would write ten
+    such tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, alpha)
+        return _compiled(_xielu_forward)(x.view(-1, x.shape[-1]), alpha).view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        x, alpha = ctx.saved_tensors
+        dx, dalpha = _compiled(_xielu_backward)(dy.reshape(-1, x.shape[-1]), x.view(-1, x.shape[-1]), alpha)
+        return dx.view(x.shape), dalpha
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)
+
+
+def _xielu_forward(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    return parts.xielu(x, alpha).to(x.dtype)
+
+
+def _xielu_backward(dy: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return parts.xielu_backward(dy, x, alpha).to(x.dtype), parts.xielu_alpha_gradient(dy, x)
 
 
 class XieluMLP(MLP):

@@ -1,4 +1,4 @@
-"""Megatron's dense MLP through `te.mlp`: same module, same parameters, same checkpoint, another forward.
+"""Megatron's dense MLP through `te.mlp`, or `te.ungated_mlp` where it has no gate: same module, same parameters, same checkpoint, another forward.
 
 Chosen per call by one rule (`fused_options`), printed in the start-up report, and only an optimisation: what does not qualify (tensor parallelism, biases,
 other activations) runs through TransformerEngine's modules under the same recipe, in FP8 too.
@@ -13,6 +13,7 @@ import torch
 
 from ..te.factory import FP8Recipe
 from ..te.mlp import Options, norm_swiglu_mlp
+from ..te.ungated_mlp import ungated_mlp
 
 
 def active_recipe() -> Any:
@@ -27,16 +28,23 @@ def active_recipe() -> Any:
 
 def static_reason(mlp: Any, recipe: Any) -> str | None:
     """Why this MLP can never take the fused way under ``recipe``, or None. Looks at configuration only, so the start-up report can print it."""
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    from .fog import SmoothMLP, XieluMLP
 
     if not recipe.folded:
         return "the recipe keeps its fine scales (fold=none)"
     if recipe.weight_cache != "none":
         return f"weight_cache={recipe.weight_cache} lives in TransformerEngine's modules"
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
+    gated = config.gated_linear_unit
+    first = TELayerNormColumnParallelLinear if gated else TEColumnParallelLinear
+    swiglu = gated and config.activation_func is torch.nn.functional.silu and not isinstance(mlp, SmoothMLP)
+    ungated = not gated and (isinstance(mlp, XieluMLP) or config.activation_func is torch.nn.functional.gelu)
+    pair = "a norm and a linear in one, and a linear" if gated else "two linears without a norm"
     checks = (
-        (type(fc1) is TELayerNormColumnParallelLinear and type(fc2) is TERowParallelLinear, "its linears are not TransformerEngine's fused-norm pair"),
-        (config.gated_linear_unit and config.activation_func is torch.nn.functional.silu, "its activation is not SwiGLU"),
+        (type(fc1) is first and type(fc2) is TERowParallelLinear, f"its linears are not TransformerEngine's ({pair})"),
+        (swiglu or ungated, "its activation is not SwiGLU, GeLU or xIELU"),
         (not config.use_te_activation_func, "--use-te-activation-func"),
         (config.activation_func_clamp_value is None and not config.glu_linear_offset, "a clamped or shifted SwiGLU"),
         (not config.add_bias_linear, "its linears have a bias"),
@@ -60,8 +68,8 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
     first = None if fc1.disable_parameter_transpose_cache else fc1.is_first_microbatch
     return Options(
         recipe=recipe,
-        eps=fc1.eps,
-        zero_centered_gamma=fc1.zero_centered_gamma,
+        eps=getattr(fc1, "eps", 0.0),  # of the norm, where there is one
+        zero_centered_gamma=getattr(fc1, "zero_centered_gamma", False),
         fuse_wgrad=fc1.fuse_wgrad_accumulation,
         accumulate=not first,
         observer=getattr(mlp, "fp8_observer", None),  # set by `metrics`
@@ -78,6 +86,7 @@ def before_forward(mlp: Any) -> None:
 
 def forward(original: Any) -> Any:
     """``MLP.forward`` with the fused way in front of the original."""
+    from .fog import XIELU
 
     def mlp_forward(self: Any, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any) -> Any:
         options = fused_options(self, per_token_scale, kwargs)
@@ -85,7 +94,11 @@ def forward(original: Any) -> Any:
             return original(self, hidden_states, per_token_scale, **kwargs)
         before_forward(self)
         fc1, fc2 = self.linear_fc1, self.linear_fc2
-        y = norm_swiglu_mlp(hidden_states, fc1.layer_norm_weight, fc1.weight, fc2.weight, options)
+        if self.config.gated_linear_unit:
+            y = norm_swiglu_mlp(hidden_states, fc1.layer_norm_weight, fc1.weight, fc2.weight, options)
+        else:
+            alpha = self.activation_func.alpha() if isinstance(self.activation_func, XIELU) else None
+            y = ungated_mlp(hidden_states, fc1.weight, fc2.weight, alpha, options)
         fc1.is_first_microbatch = fc2.is_first_microbatch = False
         return y, None
 

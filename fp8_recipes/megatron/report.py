@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from . import arguments
+from . import arguments, fog_arguments
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -24,6 +24,9 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
             rows.setdefault((name, shape, precision), []).append(layer)
     spec = str(args.fp8_recipe)
     title = f"fp8_recipes {__version__}: --fp8-recipe {spec}"
+    architecture = fog_arguments.architecture_of(args)
+    if architecture is not None:
+        title += f"\n  {architecture}"
     if arguments.in_force(args):
         recipe = arguments.resolve(spec)
         title += f"\n  {recipe}" + (f"\n  other layers: {recipe.dense_recipe}" if recipe.dense else "")
@@ -42,16 +45,15 @@ def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
     from .mlp import static_reason
 
     recipe = arguments.resolve(str(args.fp8_recipe)).dense_recipe
+    gated = bool(getattr(args, "swiglu", True))
     reasons: dict[str | None, int] = {}
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MLP):
                 reason = static_reason(module, recipe)
                 reasons[reason] = reasons.get(reason, 0) + 1
-    return [
-        f"{count} MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" if reason is None else f"{count} MLPs: module by module: {reason}"
-        for reason, count in reasons.items()
-    ]
+    fused = f"in FP8 layers {'norm, fc1, SwiGLU' if gated else 'fc1, activation'} and fc2 as one function"
+    return [f"{count} MLPs: {fused if reason is None else f'module by module: {reason}'}" for reason, count in reasons.items()]
 
 
 def _moe_layers(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
@@ -74,6 +76,7 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
     """(name without layer number, weight shape, precision, global layer number or -1) of every module that multiplies or normalises."""
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
 
+    attention = "FP8 (attention)" if arguments.fp8_attention(args) else "bf16 (attention)"
     found: list[tuple[str, str, str, int]] = []
     layers: dict[str, int] = {}
     for path, module in chunk.named_modules():
@@ -94,7 +97,7 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
         elif weights:
             found.append((name, _shape(weights[0]), "bf16 (norm)", owner))
         elif path.endswith("core_attention"):
-            found.append((name, "-", "bf16 (attention)", owner))
+            found.append((name, "-", attention, owner))
     return found
 
 
