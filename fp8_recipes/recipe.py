@@ -60,6 +60,7 @@ class Recipe:
     weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
     quantize: False leaves every product in bf16.
     moe: "flow" runs a mixture-of-experts layer as one FP8 dataflow from dispatch to combine (`nn.moe`); "none" leaves it to whoever owns the layer.
+        With fold="none" or wgrad_fold="none" its payloads (row scales) are multiplied exactly, expert by expert at bf16 speed: the check.
     moe_saved: what such a layer keeps for backward beside the quantised tokens as they arrived: "activation" (fc1's output h and the SwiGLU's, both FP8),
         "h" (h in FP8; the SwiGLU again), or "input" (nothing; permute, fc1 and the SwiGLU again).
     dense: name of the recipe that every other layer of the model runs; empty = this one.
@@ -125,7 +126,10 @@ class Recipe:
 
     def _check_moe(self) -> None:
         if self.moe == "flow":
-            for key, needed in (("quantize", True), ("fold", "row"), ("wgrad_fold", "column_block")):
+            row_scales = (self.activation_granularity, self.grad_granularity, self.weight_granularity) == ("row", "row", "tensor")
+            fold = "none" if self.fold == "none" and row_scales else "row"  # without a fold the experts run exactly, for checking
+            wgrad_fold = "none" if self.wgrad_fold == "none" else "column_block"
+            for key, needed in (("quantize", True), ("fold", fold), ("wgrad_fold", wgrad_fold)):
                 if getattr(self, key) != needed:
                     raise RecipeError(f"recipe {self.name!r}: moe=flow folds every operand of its grouped products; it needs {key}={needed}, or use moe=none")
         if self.dense and self.dense not in RECIPES:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -86,6 +87,11 @@ class ExpertWeights:
     def transposed(self) -> GroupedTensor:
         """[L, K, N] payload for dgrad, of the same values as `row`."""
         return ops.quantize_experts(self.weights, self.amax, self.increment, self.recipe.weight_format, transpose=True)
+
+    def product(self, rows: ScaledTensor, weight: GroupedTensor, row_map: ops.RowMap) -> torch.Tensor:
+        """fprop or dgrad with ``weight``, one of the above. Without a fold: by dequantising to bf16, for checking."""
+        multiply = ops.grouped_gemm if self.recipe.folded else ops.grouped_gemm_exact
+        return multiply(rows, weight, row_map.block_expert)
 
 
 def expert_operand(weights: Sequence[torch.Tensor], recipe: Recipe) -> ExpertWeights:
@@ -166,7 +172,7 @@ def _quantize(x: torch.Tensor, how: dict[str, Any]) -> ScaledTensor:
 def _fc1(q: ScaledTensor, row_map: ops.RowMap, w1: ExpertWeights) -> torch.Tensor:
     """Permute + pad and the first product: h [rows, 2F] bf16."""
     rows, _ = ops.gather_rows(q, row_map)
-    return ops.grouped_gemm(rows, w1.row(), row_map.block_expert)
+    return w1.product(rows, w1.row(), row_map)
 
 
 class _Experts(torch.autograd.Function):
@@ -185,14 +191,14 @@ class _Experts(torch.autograd.Function):
         assert index is not None
         row_map = ops.route_map(index, experts, ops.rows_for(dispatcher.received_copies(plan), experts))
         rows, row_prob = ops.gather_rows(q, row_map, arrived_prob)
-        h = ops.grouped_gemm(rows, w1_row, row_map.block_expert)  # [rows, H] @ [H, 2F]
+        h = w1.product(rows, w1_row, row_map)  # [rows, H] @ [H, 2F]
         del rows, w1_row
         keep_h = flow.save and recipe.moe_saved != "input"
         act = ops.swiglu_quantize(h, **flow.activation(), prob=row_prob, save_h=keep_h)
         del h
         act, saved_h = act if keep_h else (act, None)
         flow.see("linear_fc2", "input", None, act, row_map.source)
-        y = ops.grouped_gemm(act, w2.row(), row_map.block_expert)  # [rows, F] @ [F, H]
+        y = w2.product(act, w2.row(), row_map)  # [rows, F] @ [F, H]
         if flow.save:
             kept = act if recipe.moe_saved == "activation" else None
             ctx.save_for_backward(*_tensors(q), *_tensors(saved_h), *_tensors(kept), row_prob, *_index(row_map))
@@ -226,14 +232,14 @@ class _Experts(torch.autograd.Function):
             act = ops.swiglu_quantize(recomputed, **flow.activation(), prob=row_prob) if act is None else act
             dw2 = _weight_gradients([dyq, act], w2, row_map)
         del act
-        da = ops.grouped_gemm(dyq, w2.transposed(), row_map.block_expert)  # [rows, H] @ [H, F]
+        da = w2.product(dyq, w2.transposed(), row_map)  # [rows, H] @ [H, F]
         del dyq
         dh, drow_prob = ops.swiglu_backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
         flow.see("linear_fc1", "grad", None, dh, row_map.source)
         del da, recomputed
         dx = dprob = None
         if need_x:
-            rows = ops.grouped_gemm(dh, w1.transposed(), row_map.block_expert)  # [rows, 2F] @ [2F, H]
+            rows = w1.product(dh, w1.transposed(), row_map)  # [rows, 2F] @ [2F, H]
             dx = ops.combine_rows(rows, row_map)
             del rows
             dx = flow.dispatcher.combine(dx, plan).to(ctx.dtype)
@@ -279,15 +285,20 @@ def _weight_gradients(operands: list[ScaledTensor], weight: ExpertWeights, row_m
     Written or added into the experts' ``main_grad`` where they have one; the results are then None, or for Megatron (``grad_added_to_main_grad``) a dummy.
     """
     offsets, block_expert = row_map.offsets, row_map.block_expert
-    x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [K, rows]
-    dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [N, rows]
+    wgrad: Callable[..., Any]
+    if weight.recipe.folded and weight.recipe.wgrad_fold != "none":
+        x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [K, rows]
+        dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [N, rows]
+        wgrad = partial(ops.grouped_wgrad, dy_t, x_t, offsets, promote=weight.recipe.promote)
+    else:
+        x, dy = operands.pop(), operands.pop()
+        wgrad = partial(ops.grouped_wgrad_exact, dy, x, offsets)
     weights: tuple[Any, ...] = weight.weights
-    promote = weight.recipe.promote
     if getattr(weights[0], "main_grad", None) is None:
         out = torch.empty(len(weights), *weights[0].shape, dtype=weights[0].dtype, device=weights[0].device)
-        return ops.grouped_wgrad(dy_t, x_t, offsets, out=out, promote=promote).unbind()
+        return wgrad(out=out).unbind()
     overwrite = getattr(weights[0], "overwrite_main_grad", False)
-    ops.grouped_wgrad(dy_t, x_t, offsets, out=[w.main_grad for w in weights], accumulate=not overwrite, promote=promote)
+    wgrad(out=[w.main_grad for w in weights], accumulate=not overwrite)
     return _after_accumulation(weights)
 
 
