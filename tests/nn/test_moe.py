@@ -145,6 +145,13 @@ def test_inputs_that_need_no_gradient() -> None:
         assert torch.equal(moe_experts(x, c.index, c.prob, c.w1, c.w2, recipe=FLOW), full["y"])
 
 
+def test_functorch_is_refused() -> None:
+    """torch.func differentiates through wrappers that this function would have to unwrap; torch says so itself."""
+    c = case(top_k(12, 2, 4), 4)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: moe_experts(x, c.index, c.prob, c.w1, c.w2, recipe=FLOW).sum())(c.x)
+
+
 def test_bad_input_is_named() -> None:
     c = case(top_k(32, 2, 4), 4)
 
