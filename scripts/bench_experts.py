@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from bench_grouped import SETS, Rows, Run, timed, write
+from bench_grouped import SETS, Rows, Run
+from benchmark import timed, write
 
 from fp8_recipes import reference
 from fp8_recipes.kernels import measure_experts, quantize_experts, swiglu_backward_quantize, swiglu_quantize
@@ -111,7 +112,7 @@ def beside_copy(case: str, contenders: dict[str, tuple[Run, int]], rounds: int =
     for name, (run, moved) in contenders.items():
         runs[name] = run
         runs[f"copy for {name}"] = lambda i, n=moved // 2: target[:n].copy_(memory[:n])
-    result = timed(runs, rounds)
+    result = timed(runs, rounds, calls=3)
     found: Rows = []
     for name, (_, moved) in contenders.items():
         ms, copy = result[name], result[f"copy for {name}"]

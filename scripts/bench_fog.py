@@ -9,7 +9,6 @@ exponential differs in the last places. Exits with 1 if a check fails.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_kernels import ALLOC, Calls, Table, attribute, copy_calls, data, differences, measure, poisoned, record, rotations, with_per_thread
+from benchmark import write
 
 from fp8_recipes import from_name, kernels, reference
 from fp8_recipes.formats import FORMATS
@@ -204,11 +204,7 @@ def main() -> None:
         for bench in (sweep,) if args.sweep else (bench_rows, bench_tanh, bench_ffn):
             bench(table, args.rounds)
     if args.csv and table:
-        args.csv.mkdir(parents=True, exist_ok=True)
-        with open(args.csv / f"fog_{'sweep' if args.sweep else 'bench'}.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write(table, args.csv / f"fog_{'sweep' if args.sweep else 'bench'}.csv")
     print(f"{time.time() - start:.0f} s")
 
 

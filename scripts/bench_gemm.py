@@ -9,10 +9,7 @@ be measured.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from benchmark import timed, write
 
 from fp8_recipes import reference
 from fp8_recipes.formats import E4M3, E5M2
@@ -155,27 +153,6 @@ def error() -> Rows:
     return rows
 
 
-def timed(contenders: dict[str, Run], rounds: int = 12, calls: int = 4) -> dict[str, float]:
-    """Median milliseconds per call. A contender gets a counter and picks its operands by it. The GPU sleeps first, while the host enqueues."""
-    counter = itertools.count()
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run(next(counter))
-    torch.cuda.synchronize()
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(1_500_000)
-            run(next(counter))
-            start.record()
-            for _ in range(calls):
-                run(next(counter))
-            stop.record()
-            stop.synchronize()
-            samples[name].append(start.elapsed_time(stop) / calls)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def operand_sets(m: int, n: int, k: int) -> Pairs:
     """Enough pairs that the operands of a call have left the 50 MB L2 when their turn comes again."""
     count = max(2, -(-160_000_000 // ((m + n) * k)))
@@ -218,7 +195,7 @@ def sweep() -> Rows:
         contenders = {name: accumulating(sets, out, config, 1024) for name, config in SWEEP.items()}
         for promote in (2048, 0):
             contenders[f"128x256 s3 promote {promote}"] = accumulating(sets, out, WIDE, promote)
-        result = timed(contenders, rounds=8)
+        result = timed(contenders, rounds=8, calls=4)
         rows += [{"shape": f"{m}x{n}x{k}", "config": name, "ms": ms, "tflops": 2e-9 * m * n * k / ms} for name, ms in result.items()]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     print("sweep, TFLOP/s, accumulate into fp32, promote 1024:", " | ".join(map(str, shapes)))
@@ -281,7 +258,7 @@ def bench_one(kind: str, m: int, n: int, k: int) -> Rows:
             contenders["transformer_engine"] = te_wgrad(m, n, k, grad)
         contenders |= {f"ours {name}": ours(sets, out=grad, accumulate=True, promote=p) for name, p in (("fast", 0), ("split", 1024))}
         peers = {name: "cublas fast" if name.endswith("fast") else "cublas split" for name in contenders if name not in ("bf16", "cublas fast")}
-    result = timed(contenders)
+    result = timed(contenders, rounds=12, calls=4)
     return [
         {"kind": kind, "shape": f"{m}x{n}x{k}", "contender": name, "ms": ms, "tflops": 2e-9 * m * n * k / ms,
          "percent_of_cublas": 100 * result[peers[name]] / ms if name in peers else ""}
@@ -313,14 +290,6 @@ def host_microseconds() -> float:
     for _ in range(200):
         gemm(a, b, out=out, accumulate=True, promote=0)
     return (time.perf_counter() - start) / 200 * 1e6
-
-
-def write(rows: Rows, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> int:

@@ -9,8 +9,6 @@ operands that rotate so that they are not in L2, with the host far enough ahead 
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import math
 import statistics
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import transpose_contenders
+from benchmark import timed, write
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
@@ -177,27 +176,6 @@ def check_transpose(experts: int, rows: int, k: int, n: int, fmt: Format) -> Row
 # --- timing -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def timed(contenders: dict[str, Run], rounds: int = 10, calls: int = 3) -> dict[str, float]:
-    """Median milliseconds per call. A contender gets a counter and picks its operands by it. The GPU sleeps first, while the host enqueues."""
-    counter = itertools.count()
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run(next(counter))
-    torch.cuda.synchronize()
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(1_500_000)
-            run(next(counter))
-            start.record()
-            for _ in range(calls):
-                run(next(counter))
-            stop.record()
-            stop.synchronize()
-            samples[name].append(start.elapsed_time(stop) / calls)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 SETS = 2
 """Operands of every shape here are larger than the 50 MB L2, so two sets that take turns suffice."""
 
@@ -284,7 +262,7 @@ def bench(configs: dict[str, GroupedConfig] | None = None, rounds: int = 10) -> 
     for name, (experts, tokens, k, n) in SHAPES.items():
         for kind, make in CONTENDERS.items():
             usable = configs and {c: v for c, v in configs.items() if kind == "wgrad" or not c.endswith("(wgrad)")}
-            result = timed(make(experts, tokens, k, n, usable), rounds)
+            result = timed(make(experts, tokens, k, n, usable), rounds, calls=3)
             base = result.get("torch fast", next(iter(result.values())))
             rows += [
                 {"kind": kind, "shape": name, "experts": experts, "rows": tokens, "K": k, "N": n, "contender": c, "ms": ms,
@@ -311,20 +289,12 @@ def transpose() -> Rows:
     for experts, tokens, cols in transpose_contenders.SHAPES:
         groups = layout(experts, tokens, seed=0)
         sets = [torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
-        result = timed(transpose_contenders.contenders(sets, groups.offsets, groups.block_expert))
+        result = timed(transpose_contenders.contenders(sets, groups.offsets, groups.block_expert), rounds=10, calls=3)
         rows += transpose_contenders.report(experts, tokens, cols, result)
         del sets
         torch.cuda.empty_cache()
     transpose_contenders.summary(rows)
     return rows
-
-
-def write(rows: Rows, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ be measured. "of copy" is the share of what a device-to-device copy of as many b
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import statistics
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import write
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.formats import E4M3, E5M2
@@ -359,11 +359,7 @@ def main() -> None:
             bench(tables.setdefault("kernels_bench", []), args.rounds)
     for name, table in tables.items():
         if args.csv:
-            args.csv.mkdir(parents=True, exist_ok=True)
-            with open(args.csv / f"{name}.csv", "w", newline="") as f:
-                writer = csv.DictWriter(f, fieldnames=list(table[0]))
-                writer.writeheader()
-                writer.writerows(table)
+            write(table, args.csv / f"{name}.csv")
     print(f"{time.time() - start:.0f} s")
 
 

@@ -9,7 +9,6 @@ Bytes: everything read once. A copy reads and writes, so "copy" moves each of it
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from bench_kernels import Calls, Table, attribute, copy_calls, data, measure, record
+from benchmark import write
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.formats import E4M3, E5M2
@@ -156,11 +156,7 @@ def main() -> None:
         if args.sweep:
             sweep(args.rounds)
     if args.csv and table:
-        args.csv.mkdir(parents=True, exist_ok=True)
-        with open(args.csv / "metrics_bench.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write(table, args.csv / "metrics_bench.csv")
     print(f"{time.time() - start:.0f} s")
 
 

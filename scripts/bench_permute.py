@@ -8,7 +8,6 @@ Bytes are the least that must move: gather reads a token once and writes all row
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from bench_kernels import ALLOC, Calls, Table, attribute, copy_calls, data, differences, measure, poisoned, record
+from benchmark import write
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.tensor import ScaledTensor
@@ -117,11 +117,7 @@ def main() -> None:
         for name, shape in SHAPES.items():
             bench_shape(table, name, *shape, args.rounds)
     if args.csv and table:
-        args.csv.mkdir(parents=True, exist_ok=True)
-        with open(args.csv / "permute_bench.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write(table, args.csv / "permute_bench.csv")
     print(f"{time.time() - start:.0f} s")
 
 
