@@ -103,3 +103,20 @@ def test_megatrons_layer_hands_its_observer_over(monkeypatch):
     probs = torch.tensor([[0.7, 0.0]])
     megatron_moe.routed_experts(layer, flow.recipe, torch.ones(1, 1, H), probs, probs > 0)
     assert given["observer"] is len
+
+
+@pytest.mark.gpu
+def test_gpu_counts_what_the_cpu_counts():
+    c = case(top_k(TOKENS, K, EXPERTS), EXPERTS, hidden=256, ffn=128)
+    readings = []
+    for here in (c, c.to("cuda")):
+        hooks = MonitorHooks([])
+        x = here.x.clone().requires_grad_()
+        recipe = from_name("fp8_flow_moe")
+        moe_experts(x, here.index, here.prob, *leaves(here), recipe=recipe, observer=_experts_observer(hooks, LAYER, "layers.1")).backward(here.dy)
+        readings.append(hooks.end_step(1))
+    cpu, gpu = readings
+    assert cpu.keys() == gpu.keys()
+    for name in cpu:
+        assert gpu[name].elements == cpu[name].elements and gpu[name].nonfinite == 0
+        assert gpu[name].kurtosis == pytest.approx(cpu[name].kurtosis, rel=0.05), name

@@ -51,3 +51,12 @@ def test_main_grad_is_added_to():
 def test_finer_scales_cannot_travel_without_a_fold(spec):
     with pytest.raises(RecipeError, match="it needs fold=row, or use moe=none"):
         from_name(spec)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["fp8_flow_moe:fold=none", "fp8_flow_moe:wgrad_fold=none"])
+def test_gpu_values_and_gradients(spec):
+    c = case(top_k(300, 2, 8), 8, hidden=256, ffn=128).to("cuda")
+    got = results(c, flow(spec))
+    check(c, got, per_expert=6.0)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), results(c, flow(spec)).values(), strict=True)), "two runs, the same bits"
