@@ -15,13 +15,15 @@ LAYERS, WIDTH, HEADS, GROUPS, FFN, VOCAB, SEQ, BATCH = 2, 64, 4, 2, 96, 64, 16, 
 
 
 @contextlib.contextmanager
-def on_cpu():
-    """Megatron puts scratch buffers onto the current GPU and draws dropout's numbers from its generator."""
+def on_cpu(experts: bool = False):
+    """Megatron puts scratch buffers onto the current GPU and draws dropout's numbers from its generator; its router multiplies through TransformerEngine."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import moe_utils
 
     device = unittest.mock.patch("torch.cuda.current_device", return_value="cpu")
     generator = unittest.mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
-    with device, generator, torch.compiler.set_stance("force_eager"):
+    router = unittest.mock.patch.object(moe_utils, "te_general_gemm", None) if experts else contextlib.nullcontext()
+    with device, generator, router, torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -191,7 +191,6 @@ class XIELU(parts.XIELU):
         soft = torch.nn.functional.softplus(raw)
         return torch.stack((soft[0], soft[1] + parts.BETA))  # no constant to be copied to the device
 
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (_CompiledXielu if x.is_cuda else parts._Xielu).apply(x, self.alpha())
 

@@ -77,8 +77,10 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
 
 
 def before_forward(mlp: Any) -> None:
-    """Fire the linears' own pre-forward hooks: DistributedDataParallel waits there for gathered parameters, and the fused way does not call the modules."""
-    for module in chain(mlp.linear_fc1.modules(), mlp.linear_fc2.modules()):
+    """Fire the parts' own pre-forward hooks: DistributedDataParallel waits there for gathered parameters, and the fused way does not call the modules."""
+    activation = getattr(mlp, "activation_func", None)  # a module where it has parameters (xIELU), else a function
+    parts = [mlp.linear_fc1, mlp.linear_fc2, *([activation] if isinstance(activation, torch.nn.Module) else [])]
+    for module in chain.from_iterable(part.modules() for part in parts):
         for hook in module._forward_pre_hooks.values():
             if hook(module, None) is not None:
                 raise RuntimeError(f"a pre-forward hook of {type(module).__name__} changes its input, which a fused layer never builds; remove the hook")

@@ -95,7 +95,7 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
             router = path.endswith(".router") and getattr(args, "moe_router_dtype", None)
             found.append((name, _shape(matrix), f"bf16, products in {router}" if router else "bf16", owner))
         elif weights:
-            found.append((name, _shape(weights[0]), "bf16 (norm)", owner))
+            found.append((name, _shape(weights[0]), "bf16" if weights[0] == (1,) else "bf16 (norm)", owner))
         elif path.endswith("core_attention"):
             found.append((name, "-", attention, owner))
     return found

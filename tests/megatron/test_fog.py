@@ -92,6 +92,19 @@ class TestOneRank:
         model = models.build(from_name("op"), hidden_size=256, ffn_hidden_size=768)
         assert model.decoder.layers[0].mlp.linear_fc2.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)
 
+    def test_experts_take_the_residual_stream_without_a_norm(self, groups):
+        options = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 96, "moe_token_dispatcher_type": "allgather"}
+        with models.on_cpu(experts=True):
+            model = models.build(from_name("fog-flash"), **options)
+            loss = models.run(model, *models.batch()).mean()
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        assert not any("pre_mlp_layernorm" in name or "linear_fc1.layer_norm" in name for name in gradients)
+        for name in ("mlp.router.weight", "mlp_bda.post.weight", "self_attn_bda.post.weight", "self_attention.q_layernorm.alpha"):
+            assert gradients[f"decoder.layers.0.{name}"].abs().sum() > 0, name
+        used = [g is not None and bool(g.any()) for name, g in gradients.items() if "layers.0.mlp.experts" in name and "fc1" in name]
+        assert len(used) == 8 and sum(used) >= 4
+
     def test_checkpoint_names_every_parameter(self, groups):
         model = models.build(from_name("fog-flash"))
         saved = model.sharded_state_dict()
