@@ -16,13 +16,18 @@ from . import arguments, fog_arguments
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
+def wanted(args: Any) -> bool:
+    """Is there something of ours to tell of a run without a recipe of ours: an architecture, FP8 attention (recipe fog)?"""
+    return fog_arguments.asked(args) or arguments.fp8_attention(args)
+
+
 def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
     """Table of this rank's modules: name, layers, weight shape, precision. Layers of one name, shape and precision share a row."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for chunk in chunks:
         for name, shape, precision, layer in _modules(args, chunk):
             rows.setdefault((name, shape, precision), []).append(layer)
-    spec = str(args.fp8_recipe)
+    spec = str(args.fp8_recipe) if getattr(args, "fp8", None) or arguments.in_force(args) else "bf16"
     title = f"fp8_recipes {__version__}: --fp8-recipe {spec}"
     architecture = fog_arguments.architecture_of(args)
     if architecture is not None:

@@ -67,6 +67,8 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
     chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     specs = specs_in_use(args)
     clock = _start_scaling(args, chunks, optimizer, specs) if specs else None
+    if not specs and report.wanted(args) and is_rank_0():
+        print(report.precision_table(args, chunks), flush=True)
     if metrics.install(chunks, args) is not None:  # after the scales: it reports weights under them; and for bf16 and stock recipes too
         metrics.install_training_log()
     return clock

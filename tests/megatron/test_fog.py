@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -104,6 +105,18 @@ class TestOneRank:
             assert gradients[f"decoder.layers.0.{name}"].abs().sum() > 0, name
         used = [g is not None and bool(g.any()) for name, g in gradients.items() if "layers.0.mlp.experts" in name and "fc1" in name]
         assert len(used) == 8 and sum(used) >= 4
+
+    @pytest.mark.parametrize(("fp8", "attention", "title"), [(None, "bf16 (attention)", "bf16"), ("hybrid", "FP8 (attention)", "delayed")])
+    def test_start_report_names_architecture_and_attention(self, groups, fp8, attention, title):
+        from fp8_recipes.megatron import report
+
+        args = argparse.Namespace(fp8=fp8, fp8_recipe="delayed", fp8_dot_product_attention=fp8 is not None, fog="flash", swiglu=False)
+        assert report.wanted(args) and not report.wanted(argparse.Namespace(fp8="hybrid", fp8_recipe="delayed"))
+        lines = [" ".join(line.split()) for line in report.precision_table(args, [models.build(from_name("fog-flash"))]).splitlines()]
+        assert lines[0].endswith(f"--fp8-recipe {title}") and lines[1].startswith("fog-flash(pre_norm=false")
+        assert f"decoder.layers.*.self_attention.core_attention 1-2 - {attention}" in lines
+        assert "decoder.layers.*.self_attn_bda.post 1-2 64 bf16 (norm)" in lines
+        assert "decoder.layers.*.self_attention.q_layernorm 1-2 1 bf16" in lines
 
     def test_checkpoint_names_every_parameter(self, groups):
         model = models.build(from_name("fog-flash"))
