@@ -60,7 +60,7 @@ fi
 
 began=$SECONDS
 stamp=$venv/.installed
-wanted="$python $TORCH_MEGATRON $TORCH_CORE $TRITON $TE $MEGATRON ${skipped:+core} $(cksum pyproject.toml)"
+wanted="$python $TORCH_MEGATRON $TORCH_CORE $TRITON $TE $MEGATRON psutil ${skipped:+core} $(cksum pyproject.toml)"
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     say "environment: $venv, made before"
 else
@@ -72,6 +72,7 @@ else
         "${pip[@]}" "$TORCH_MEGATRON" -e ".[test]"
         "${pip[@]}" --find-links "$te_wheels" "transformer_engine[core_cu13,pytorch]==$TE" "numpy<2.4"
         "${pip[@]}" --no-deps "megatron-core==$MEGATRON"
+        "${pip[@]}" psutil # for Megatron's torch_dist checkpoints
     else
         "${pip[@]}" "$TORCH_CORE"
         "${pip[@]}" "$TRITON" -e ".[test]"
