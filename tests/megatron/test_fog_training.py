@@ -45,10 +45,15 @@ def train(workspace):
             command = [ROOT / "scripts" / "launch.sh", "--model", model, "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", log]
             command += ["--data", workspace / "text", "--", "--data-cache-path", workspace / "cache", *flags.split()]
             result = subprocess.run(
-                [str(part) for part in command], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=600, check=False
+                [str(part) for part in command],
+                env=os.environ | {"PYTHON": sys.executable, "NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"},  # TransformerEngine logs the attention that it takes
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
             )
             assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-            done[key] = (read_losses(log), result.stdout)
+            done[key] = (read_losses(log), result.stdout + result.stderr)
         return done[key]
 
     return run
@@ -87,9 +92,16 @@ class TestOneGpu:
         for step, expected in reference.items():
             assert losses[step] == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
 
-    def test_fp8_attention_is_run_and_not_only_announced(self, train):
-        """The first losses with and without FP8 attention differ in their last bits: cuDNN's FP8 kernel was there."""
-        assert train("moss:attention=fp8", "--fog flash")[0] != train("moss", "--fog flash")[0]
+    @pytest.mark.parametrize("recipe", ["fog", "moss:attention=fp8"])
+    def test_fp8_attention_is_run_and_not_only_announced(self, train, recipe):
+        """By TransformerEngine's own word, and cuDNN's FP8 kernels alone: no layer took another backend."""
+        from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
+
+        taken = "Running with FusedAttention backend (sub-backend {})"
+        fp8 = taken.format(int(FusedAttnBackend["FP8"]))
+        lines = [line for line in train(recipe, "--fog flash")[1].splitlines() if "Running with" in line]
+        assert lines and all(fp8 in line for line in lines), lines
+        assert fp8 not in train("moss", "--fog flash")[1]
 
     def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
         env = os.environ | {"PYTHON": sys.executable, "DATA": str(workspace / "text"), "MODEL": "fog_tiny", "EXTRA": "--fog max"}
