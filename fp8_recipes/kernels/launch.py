@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -34,10 +35,14 @@ class _Ready(NamedTuple):
     """Values of the constexpr parameters."""
 
 
+_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")
+"""Whose launcher object is known to do nothing but what `_ready` leaves out. With another version every launch goes through that object."""
+
+
 def _ready(kernel: Any, compiled: Any, trailing: tuple[Any, ...]) -> _Ready:
     """Past Triton's launcher object to the C function behind it, for kernels that need no scratch memory: the object would only find that out again."""
     run = compiled.run
-    if getattr(run, "global_scratch_size", None) == 0 and getattr(run, "profile_scratch_size", None) == 0:
+    if _KNOWN_LAUNCHER and getattr(run, "global_scratch_size", None) == 0 and getattr(run, "profile_scratch_size", None) == 0:
         return _Ready(kernel, compiled, run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None), trailing)
     return _Ready(kernel, compiled, run, (), trailing)
 

@@ -23,6 +23,13 @@ def launcher(scratch: int):
     return run, seen
 
 
+def test_an_unknown_version_starts_through_triton(monkeypatch):
+    monkeypatch.setattr(module, "_KNOWN_LAUNCHER", False)
+    run, _ = launcher(0)
+    assert module._ready(None, types.SimpleNamespace(run=run), ()).start is run
+
+
+@pytest.mark.skipif(not module._KNOWN_LAUNCHER, reason="this Triton's launcher is not known, so it is not passed by")
 def test_a_kernel_without_scratch_memory_starts_as_through_triton():
     run, seen = launcher(0)
     ready = module._ready(None, types.SimpleNamespace(run=run), (128,))
