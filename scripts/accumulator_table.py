@@ -4,7 +4,8 @@
 
 The model: every instruction adds 32 products to the accumulator. All 33 terms are aligned to the largest exponent among them, cut (toward zero) to 13 bits
 below it, added, and the sum is cut again. On random normal operands at K = 8192 it gives 2.0e-3 unpromoted, 1.4e-3, 8.2e-4 and 5.9e-4 promoted every 4096,
-2048 and 1024; the chip gives 2.0e-3, 1.3e-3, 8.5e-4 and 5.4e-4 (docs/benchmarks/gemm_error.csv). A cut toward zero is not noise: where a sum grows steadily, every addition loses in the same direction.
+2048 and 1024; the chip gives 2.0e-3, 1.3e-3, 8.5e-4 and 5.4e-4 (docs/benchmarks/gemm_error.csv). A cut toward zero is not noise: where a sum grows
+steadily, every addition loses in the same direction.
 """
 
 from __future__ import annotations

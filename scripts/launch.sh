@@ -40,6 +40,8 @@ if [[ ! -f "$config" ]]; then
   exit 2
 fi
 MODEL_ARGS=() BATCH_ARGS=() OPTIMIZER_ARGS=() VOCAB_ARGS=() STOCK_FP8_ARGS=()
+# shellcheck source=configs/shared.sh
+source "$root/configs/shared.sh"
 # shellcheck source=/dev/null
 source "$config"
 
@@ -64,7 +66,7 @@ command=(
   "${PYTHON:-python3}" -m torch.distributed.run --nproc-per-node "$gpus"
   --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
   -m fp8_recipes.pretrain_gpt
-  "${MODEL_ARGS[@]}" "${BATCH_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VOCAB_ARGS[@]}"
+  "${SHARED_ARGS[@]}" "${MODEL_ARGS[@]}" "${BATCH_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VOCAB_ARGS[@]}"
   --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --attention-backend auto --no-create-attention-mask-in-dataloader
   --train-iters "$steps"
   "${recipe_args[@]}" "${data_args[@]}" "${log_args[@]}" "$@"

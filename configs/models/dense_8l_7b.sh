@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 # 8 layers of a 7B: hidden 4096, SwiGLU 11008, 32 heads, sequence 4096, 32000 words. 1.9 B parameters, fits one H200 in every recipe.
 # The speed benchmark: micro-batch 2, global batch 8 (4 microbatches on one GPU).
 MODEL_ARGS=(
@@ -8,14 +8,8 @@ MODEL_ARGS=(
   --num-attention-heads 32
   --seq-length 4096
   --max-position-embeddings 4096
-  --normalization RMSNorm
-  --swiglu
-  --disable-bias-linear
-  --position-embedding-type rope
-  --untie-embeddings-and-output-weights
-  --attention-dropout 0
-  --hidden-dropout 0
+  "${LLAMA_ARGS[@]}"
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
-OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
-VOCAB_ARGS=(--tokenizer-type NullTokenizer --vocab-size 32000)
+OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-warmup-iters 2)
+VOCAB_ARGS=("${WORD_VOCAB_ARGS[@]}")

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 # 158 M parameters: 10 of the 16 layers of the 390M model of FOG (arXiv 2505.20524), with bytes for tokens: hidden 1024, FFN 6144 without a gate (1.5 x 4096),
 # 8 heads of 128 with 4 key heads, sequence 2048. FOG-flash; fog_max_150m is FOG-max. 131072 tokens per step.
 MODEL_ARGS=(
@@ -11,13 +11,8 @@ MODEL_ARGS=(
   --seq-length 2048
   --max-position-embeddings 2048
   --fog flash
-  --disable-bias-linear
-  --position-embedding-type rope
   --rotary-base 500000
-  --untie-embeddings-and-output-weights
-  --attention-dropout 0
-  --hidden-dropout 0
 )
 BATCH_ARGS=(--micro-batch-size 16 --global-batch-size 64)
-OPTIMIZER_ARGS=(--lr 1e-3 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
-VOCAB_ARGS=(--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256)
+OPTIMIZER_ARGS=(--lr 1e-3 --min-lr 1e-5 --lr-warmup-fraction 0.05)
+VOCAB_ARGS=("${BYTE_VOCAB_ARGS[@]}")

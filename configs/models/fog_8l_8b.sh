@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 # 8 of the 32 layers of an 8B (hidden 4096, 32 heads of 128 with 8 key heads, sequence 4096), FOG-flash: FFN 21504 without a gate (1.5 x 14336); 32000 words.
 # fog_max_8l_8b is FOG-max. The speed benchmark beside llama3_8l_8b: micro-batch 2, global batch 8.
 MODEL_ARGS=(
@@ -11,13 +11,8 @@ MODEL_ARGS=(
   --seq-length 4096
   --max-position-embeddings 4096
   --fog flash
-  --disable-bias-linear
-  --position-embedding-type rope
   --rotary-base 500000
-  --untie-embeddings-and-output-weights
-  --attention-dropout 0
-  --hidden-dropout 0
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
-OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
-VOCAB_ARGS=(--tokenizer-type NullTokenizer --vocab-size 32000)
+OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-warmup-iters 2)
+VOCAB_ARGS=("${WORD_VOCAB_ARGS[@]}")

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 # 4 M parameters, FOG-flash with heads of 128, as FP8 attention wants them: smoke tests and checkpoint tests. TP 2 works too.
 MODEL_ARGS=(
   --num-layers 4
@@ -11,13 +11,8 @@ MODEL_ARGS=(
   --seq-length 256
   --max-position-embeddings 256
   --fog flash
-  --disable-bias-linear
-  --position-embedding-type rope
   --rotary-base 500000
-  --untie-embeddings-and-output-weights
-  --attention-dropout 0
-  --hidden-dropout 0
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
-OPTIMIZER_ARGS=(--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
-VOCAB_ARGS=(--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256)
+OPTIMIZER_ARGS=(--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 2)
+VOCAB_ARGS=("${BYTE_VOCAB_ARGS[@]}")

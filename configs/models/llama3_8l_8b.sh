@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 # 8 of the 32 layers of a Llama3 8B: hidden 4096, SwiGLU 14336, 32 heads of 128 with 8 key heads, sequence 4096; 32000 words. 2.0 B parameters.
 # The speed benchmark: micro-batch 2, global batch 8 (4 microbatches on one GPU).
 MODEL_ARGS=(
@@ -10,15 +10,9 @@ MODEL_ARGS=(
   --num-query-groups 8
   --seq-length 4096
   --max-position-embeddings 4096
-  --normalization RMSNorm
-  --swiglu
-  --disable-bias-linear
-  --position-embedding-type rope
+  "${LLAMA_ARGS[@]}"
   --rotary-base 500000
-  --untie-embeddings-and-output-weights
-  --attention-dropout 0
-  --hidden-dropout 0
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
-OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0)
-VOCAB_ARGS=(--tokenizer-type NullTokenizer --vocab-size 32000)
+OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-warmup-iters 2)
+VOCAB_ARGS=("${WORD_VOCAB_ARGS[@]}")

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 MINE = [SCRIPTS / name for name in ("launch.sh", "bench_megatron.sh", "loss_megatron.sh", "resume_megatron.sh", "slurm.sbatch")]
+MINE.append(ROOT / "configs" / "shared.sh")
 MODELS = sorted((ROOT / "configs" / "models").glob("*.sh"))
 
 
