@@ -16,16 +16,14 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_prob
 from ..reference.gelu import GeluGradients, gelu, gelu_backward, gelu_prob_gradient
-from ..reference.quantize import _check_options
 from ..reference.xielu import check_same
 from ..tensor import ScaledTensor, check_matrix
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
+from .common import INTERPRETED, check_device, finite_or_nan
 from .launch import launch
 from .quantize import quantize
-from .rows import MAX_ROW, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
+from .rows import check_activation, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
 
 # 1 / (1 + 0.31 z), and 2**(-x^2 log2(e) / 2) from x^2: special-function unit. What is flushed is a tail below 1e-38.
 _RECIPROCAL = tl.constexpr("{ .reg .f32 t; fma.rn.f32 t, $1, 0f3E9EB852, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
@@ -162,16 +160,6 @@ def _gelu_backward_quantize_kernel(
         tl.store(prob_gradient_ptr + row, dprob)
 
 
-def _check(h: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
-    """Raise on bad input; is the fused kernel there for the rest?"""
-    check_matrix(h, "h")
-    _check_options(granularity, fold, None)
-    check_device(h, "h")
-    check_not_empty(h, "h")
-    check_prob(prob, h.shape[0])
-    return granularity in ("row", "tile", "micro") and h.shape[1] <= MAX_ROW
-
-
 def gelu_quantize(
     h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
 ) -> ScaledTensor:
@@ -179,7 +167,7 @@ def gelu_quantize(
 
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise GeLU is computed in fp32 first.
     """
-    if not _check(h, granularity, fold, prob):
+    if not check_activation(h, granularity, fold, prob):
         return quantize(gelu(h, prob), granularity, fmt, fold=fold)
     rows, cols = h.shape
     r = row_result(cols, granularity, fold, fmt)
@@ -198,7 +186,7 @@ def gelu_backward_quantize(
     check_matrix(dy, "dy")
     check_device(dy, "dy")
     check_same(dy, h)
-    if not _check(h, granularity, fold, prob):
+    if not check_activation(h, granularity, fold, prob):
         q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
         return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))
     rows, cols = h.shape

@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 
 from ..formats import Format
-from ..tensor import MICRO, TILE, ScaledTensor, scale_shape
+from ..reference.activation import check_prob
+from ..reference.quantize import _check_options
+from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
 from . import common
-from .common import is_e5m2, next_power_of_2, pow2, scale_exponent, tiles_of, to_fp32
+from .common import check_device, check_not_empty, is_e5m2, next_power_of_2, pow2, scale_exponent, tiles_of, to_fp32
 from .words import bytes_of, pack_row, shift_words_down
 
 MAX_ROW = 32768
@@ -38,6 +40,16 @@ class RowPlan:
     block: int
     tail: int
     warps: int
+
+
+def check_activation(h: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+    """Raise on bad input; is the fused kernel there for the rest?"""
+    check_matrix(h, "h")
+    _check_options(granularity, fold, None)
+    check_device(h, "h")
+    check_not_empty(h, "h")
+    check_prob(prob, h.shape[0])
+    return granularity in ("row", "tile", "micro") and h.shape[1] <= MAX_ROW
 
 
 def plan_row(cols: int, per_thread: int = 0) -> RowPlan:

@@ -14,15 +14,13 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_prob
-from ..reference.quantize import _check_options
 from ..reference.xielu import XieluGradients, check_alpha, check_same, xielu, xielu_alpha_gradient, xielu_backward, xielu_prob_gradient
 from ..tensor import ScaledTensor, check_matrix
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
+from .common import INTERPRETED, check_device, finite_or_nan
 from .launch import launch
 from .quantize import quantize
-from .rows import MAX_ROW, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
+from .rows import check_activation, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
 
 WIDE_REGISTERS = 128
 """Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor instead of one, for a few spilled registers."""
@@ -160,15 +158,9 @@ def _xielu_backward_quantize_kernel(
 
 
 def _check(h: torch.Tensor, alpha: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
-    """Raise on bad input; is the fused kernel there for the rest?"""
-    check_matrix(h, "h")
-    _check_options(granularity, fold, None)
-    check_device(h, "h")
-    check_not_empty(h, "h")
     check_alpha(alpha)
     check_device(alpha, "alpha")
-    check_prob(prob, h.shape[0])
-    return granularity in ("row", "tile", "micro") and h.shape[1] <= MAX_ROW
+    return check_activation(h, granularity, fold, prob)
 
 
 def xielu_quantize(

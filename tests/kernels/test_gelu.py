@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import gelu_backward_quantize, gelu_quantize
+from fp8_recipes.kernels import gelu_backward_quantize, gelu_quantize, rows
 from fp8_recipes.reference.gelu import gelu, gelu_backward
 
-module = import_module("fp8_recipes.kernels.gelu")
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
 SHAPES = [(2, 128), (3, 832), (2, 100)]  # rows, F
 
@@ -78,8 +76,9 @@ def test_the_fitted_tail(device):
 
 
 def test_rows_too_wide_for_registers(device, monkeypatch):
-    monkeypatch.setattr(module, "MAX_ROW", 256)
+    monkeypatch.setattr(rows, "MAX_ROW", 256)
     dy, h = inputs(3, 384, device)
+    assert not rows.check_activation(h, "micro", "row", None), "the way that is meant"
     y, dh = truth(dy, h)
     assert_quantized(gelu_quantize(h, "micro", fold="row"), reference.gelu_quantize(h, "micro", fold="row"), y)
     assert_quantized(gelu_backward_quantize(dy, h).h, reference.gelu_backward_quantize(dy, h).h, dh)
