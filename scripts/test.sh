@@ -89,7 +89,7 @@ ruff check .
 say "mypy"
 mypy
 say "shellcheck"
-shellcheck scripts/*.sh .ci/run
+shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch configs/*.sh .ci/run
 say "pytest"
 python -m pytest -m "not gpu and not multi_gpu" "$@"
 say "passed in $((SECONDS - began)) s${skipped:+; left out: Megatron and TransformerEngine ($skipped)}"
