@@ -7,7 +7,11 @@ of addresses only where wgrad's results are scattered in memory.
 
 The kernels are the persistent GEMM of `kernels.gemm` (same tile order within a group, same promotion, same epilogue): one flat loop over the K blocks of all
 tiles of a program, in which only the branch that starts a tile differs. Which tile a program computes is fixed by its number, and every element of the result
-is written, or added to, exactly once: two runs give the same bits.
+is written, or added to, by one program in a fixed order: two runs give the same bits.
+
+Promotion in wgrad: a group is a dozen K blocks long, so the epilogue is not rare, and a second accumulator for promotion, which a 128 x 256 tile has no
+registers for, is spilled at every tile. Where the result is added into fp32 (main_grad) the total is therefore kept there: after `promote` rows of a long group
+the tile is added to main_grad and starts again from zero. Short groups, the common case, run as if there were no promotion.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import triton.language as tl
 from ..reference.grouped import GroupedTensor, Matrices, check_grouped_gemm, check_outs, check_wgrad_operands
 from ..tensor import TILE, ScaledTensor
 from . import common
-from .common import cdiv, check_device, next_power_of_2
+from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K, GemmConfig
@@ -117,6 +121,13 @@ def _grouped_gemm_kernel(
 
 
 @triton.jit
+def _wait_for_stores():
+    """Until what this thread handed to TMA has been written (Triton itself waits only until the buffer has been read)."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("cp.async.bulk.wait_group 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _tiles_below(bound, PROGRAMS: tl.constexpr):
     """How many of this program's tiles have a number below ``bound``."""
     return (bound - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS
@@ -144,6 +155,7 @@ def _grouped_wgrad_kernel(
     GROUP: tl.constexpr,
     SUBTILES: tl.constexpr,
     PROMOTE: tl.constexpr,
+    IN_OUT: tl.constexpr,  # does promotion add to out (then ACCUMULATE), or to a total in registers?
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ORDER: tl.constexpr,  # of the experts in out: 1 ascending, -1 descending, 0 each somewhere
@@ -167,7 +179,7 @@ def _grouped_wgrad_kernel(
     last = 0
     finish = 0  # the block after which the tile is written: the last one, or none
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if PROMOTE > 1:
+    if PROMOTE > 1 and not IN_OUT:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(steps):
         k = tl.where(k == last, 0, k + 1)
@@ -189,8 +201,13 @@ def _grouped_wgrad_kernel(
             acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
         else:
             acc = tl.dot(a, b.T, acc)
-        if k == finish:
-            if PROMOTE > 1:
+        write = k == finish
+        if IN_OUT:
+            write = write | ((k + 1) % PROMOTE == 0)
+        if write:
+            if IN_OUT:
+                _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order
+            elif PROMOTE > 1:
                 acc += total
             if ORDER == 0:
                 matrix = table_pointer(table_ptr, expert, out_ptr, ALIGNED)
@@ -201,9 +218,9 @@ def _grouped_wgrad_kernel(
                 _write(acc, out_desc, out_ptr, scale_a_ptr + (expert - place) * N, scale_b_ptr + expert * K, None, place * N + m0, n0, (place + 1) * N, K,
                        BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if PROMOTE > 1:
+            if PROMOTE > 1 and not IN_OUT:
                 total = acc
-        elif PROMOTE > 1 and (k + 1) % PROMOTE == 0:
+        elif PROMOTE > 1 and not IN_OUT and (k + 1) % PROMOTE == 0:
             total += acc
             acc -= acc
 
@@ -352,6 +369,7 @@ def grouped_wgrad(
     if accumulate and first.dtype == torch.float32 and config.store != "add":
         store = config.store if by_tma else "atomic"
     programs = min(programs * config.resident, experts * cdiv(n, config.block_m) * cdiv(k, config.block_n))
+    distance = promote // BLOCK_K if promote < rows else 0
     launch(
         _grouped_wgrad_kernel,
         (programs,),
@@ -374,7 +392,8 @@ def grouped_wgrad(
         BLOCK_K=BLOCK_K,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=promote // BLOCK_K if promote < rows else 0,
+        PROMOTE=distance,
+        IN_OUT=accumulate and first.dtype == torch.float32 and distance > 1,
         STORE=store,
         ACCUMULATE=accumulate,
         ORDER=order,
