@@ -130,11 +130,15 @@ def plan_for(a: ScaledTensor, b: ScaledTensor, out: torch.Tensor, fast: bool) ->
     return _plan(_Kind(threading.get_ident(), out.device.index, shape, dtypes, alignment, fast))
 
 
-def product(plan: _Plan, a: ScaledTensor, b: ScaledTensor, out: torch.Tensor, accumulate: bool) -> torch.Tensor:
-    """``out = a b^T`` or ``out += a b^T``. a: [M, K], b: [N, K], out: [M, N] fp32 or bf16, contiguous; scales [M] and [N] fp32, contiguous."""
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    for attribute, scale in ((_A_SCALE, b.scale), (_B_SCALE, a.scale)):
-        pointer = ctypes.c_void_p(scale.data_ptr())
+Operand = tuple[torch.Tensor, torch.Tensor]
+"""(payload [rows, K], scale [rows] fp32), contiguous."""
+
+
+def product(plan: _Plan, a: Operand, b: Operand, out: torch.Tensor, accumulate: bool) -> torch.Tensor:
+    """``out = a b^T`` or ``out += a b^T``. a: [M, K], b: [N, K], out: [M, N] fp32 or bf16, contiguous."""
+    stream = torch._C._cuda_getCurrentRawStream(out.device.index)
+    for attribute, operand in ((_A_SCALE, b), (_B_SCALE, a)):
+        pointer = ctypes.c_void_p(operand[1].data_ptr())
         _call("cublasLtMatmulDescSetAttribute", plan.desc, attribute, ctypes.byref(pointer), 8)
     at, bt, dt = plan.layouts
     destination, scratch = ctypes.c_void_p(out.data_ptr()), _workspace(out.device.index, stream)
@@ -143,9 +147,9 @@ def product(plan: _Plan, a: ScaledTensor, b: ScaledTensor, out: torch.Tensor, ac
         ctypes.c_void_p(torch.cuda.current_blas_handle()),
         plan.desc,
         ctypes.byref(_ONE),
-        ctypes.c_void_p(b.payload.data_ptr()),
+        ctypes.c_void_p(b[0].data_ptr()),
         at,
-        ctypes.c_void_p(a.payload.data_ptr()),
+        ctypes.c_void_p(a[0].data_ptr()),
         bt,
         ctypes.byref(_ONE if accumulate else _ZERO),
         destination,
