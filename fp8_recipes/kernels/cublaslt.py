@@ -1,8 +1,8 @@
-"""cuBLASLt's FP8 product with one scale per row and column, accumulated into fp32: what ``torch._scaled_mm`` has inside but does not hand out.
+"""cuBLASLt's FP8 product with one scale per row and column: what ``torch._scaled_mm`` has inside but does not hand out.
 
-``torch._scaled_mm`` only makes new bf16 results. For wgrad we want ``main_grad += dy^T x`` in fp32, in the product's own epilogue (beta = 1), which cuBLASLt
-12.9 and later do with outer-vector scales on compute capability 9.0. The library is the one that torch has already loaded; the calls go through ctypes,
-about ten per distinct product and three per use.
+``torch._scaled_mm`` only makes new bf16 results and searches for an algorithm at every call. Here it is searched once per kind of product, and for wgrad
+``main_grad += dy^T x`` is added in fp32 in the product's own epilogue (beta = 1), which cuBLASLt 12.9 and later do with outer-vector scales on compute
+capability 9.0. The library is the one that torch has already loaded; the calls go through ctypes, about ten per distinct product and three per use.
 
 cuBLAS is column-major: our row-major ``y[M, N] = a[M, K] b[N, K]^T`` is its ``D[N, M] = op(A)[N, K] B[K, M]`` with A = b transposed and B = a.
 """
