@@ -109,8 +109,12 @@ def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any
     return _backend(source).moments(x, q, **kwargs)
 
 
-def gelu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+def gelu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).gelu_quantize(h, *args, **kwargs)
+
+
+def gelu_quantize_saving(h: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[ScaledTensor, ScaledTensor]:
+    return _backend(h).gelu_quantize_saving(h, *args, **kwargs)
 
 
 def gelu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.GeluGradients:
@@ -194,6 +198,7 @@ __all__ = [
     "gather_rows",
     "gelu_backward_quantize",
     "gelu_quantize",
+    "gelu_quantize_saving",
     "gemm",
     "gemm_exact",
     "grouped_fold_transpose",

@@ -7,7 +7,7 @@ tensors, for tests.
 from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
-from .gelu import gelu_backward_quantize, gelu_quantize
+from .gelu import gelu_backward_quantize, gelu_quantize, gelu_quantize_saving
 from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
@@ -33,6 +33,7 @@ __all__ = [
     "gather_rows",
     "gelu_backward_quantize",
     "gelu_quantize",
+    "gelu_quantize_saving",
     "gemm",
     "grouped_fold_transpose",
     "grouped_gemm",

@@ -1,12 +1,12 @@
 """GeLU and its gradient, quantised where they are computed: `fp8_recipes.reference.gelu_quantize` and `gelu_backward_quantize`.
 
-Bytes moved per value: forward 2 in, 1 out; backward 4 in, 1 out. There are some twenty instructions to spend on a value before the kernel is slower than the
-memory, and the library's erf takes more. So, with z = |x|:
+Bytes moved per value: forward 2 in, 1 out (2 where h is saved in FP8 by the way); backward 4 in, 1 out (3 in from the saved h). There are some twenty
+instructions to spend on a value before the kernel is slower than the memory, and the library's erf takes more. So, with z = |x|:
 
     Phi(-z) = P(t) e^(-z^2 / 2),    t = 1 / (1 + 0.31 z),    P of degree 6 without a constant, fitted to 6e-6 of Phi(-z) for z up to 14
 
 The error is relative, far into the tail, and a thousandth of E4M3's. P(1) is 1/2 to the last bit, so that the slope at x = 0 is. The exponential is the one
-that the gradient's density needs.
+that the gradient's density needs. The saved h is the reference's bit for bit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.gelu import GeluGradients, gelu, gelu_backward, gelu_prob_gradient
+from ..reference.activation import check_prob
+from ..reference.gelu import GeluGradients, check_unsaved, gelu, gelu_backward, gelu_prob_gradient
+from ..reference.quantize import _check_options
 from ..reference.xielu import check_same
 from ..tensor import ScaledTensor, check_matrix
-from . import common
-from .common import INTERPRETED, check_device, finite_or_nan
+from . import common, rows
+from .common import INTERPRETED, check_device, finite_or_nan, pow2, scale_exponent, to_fp32
 from .launch import launch
 from .quantize import quantize
-from .rows import check_activation, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
+from .rows import empty_rows, hold_piece, load_piece, load_raw, micro_amax, row_result, store_piece, store_row_scale
+from .swiglu import _h_arguments, _h_values, _save_piece
 
 # 1 / (1 + 0.31 z), and 2**(-x^2 log2(e) / 2) from x^2: special-function unit. What is flushed is a tail below 1e-38.
 _RECIPROCAL = tl.constexpr("{ .reg .f32 t; fma.rn.f32 t, $1, 0f3E9EB852, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
@@ -85,12 +88,20 @@ def _gelu_gradients(dy, x, prob, PROB: tl.constexpr):
 
 
 @triton.jit
+def _largest(raw):
+    """Largest finite value of a piece as it was loaded."""
+    return tl.max(tl.max(micro_amax(finite_or_nan(to_fp32(raw))), axis=1), axis=0)
+
+
+@triton.jit
 def _gelu_quantize_kernel(
     h_ptr,
     payload_ptr,
     scale_ptr,
     tile_exponent_ptr,
     prob_ptr,
+    h_scale_ptr,
+    saved_ptr,
     cols,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -98,20 +109,36 @@ def _gelu_quantize_kernel(
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
     PROB: tl.constexpr,
+    H: tl.constexpr,
+    SAVE: tl.constexpr,
 ):
+    """One row. h_scale: read where h is FP8; where it is to be saved, written, and its payload goes to saved_ptr."""
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row * cols
     prob = 1.0
     if PROB:
         prob = tl.load(prob_ptr + row)
-    x = load_piece(h_ptr, 0, cols, BLOCK)
+    h_scale = 1.0
+    if H != "":
+        h_scale = tl.load(h_scale_ptr + row)
+    h = load_raw(h_ptr, 0, cols, BLOCK)
     if TAIL:  # both loads are in flight before the first reduction waits
-        x_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
-    y = _gelu(x, prob, PROB)
+        h_tail = load_raw(h_ptr, BLOCK * 128, cols, TAIL)
+    if SAVE:  # in between h waits in 16 bits
+        amax = _largest(h)
+        if TAIL:
+            amax = tl.maximum(amax, _largest(h_tail))
+        h_exp = scale_exponent(amax, E5M2)
+        saved_ptr += row * cols
+        _save_piece(to_fp32(h, True), h_exp, saved_ptr, 0, cols, E5M2)
+        if TAIL:
+            _save_piece(to_fp32(h_tail, True), h_exp, saved_ptr, BLOCK * 128, cols, E5M2)
+        tl.store(h_scale_ptr + row, pow2(h_exp))
+    y = _gelu(_h_values(h, h_scale, H, SAVE), prob, PROB)
     held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
     row_exp = tl.max(tile_exp, axis=0)
     if TAIL:
-        y_tail = _gelu(x_tail, prob, PROB)
+        y_tail = _gelu(_h_values(h_tail, h_scale, H, SAVE), prob, PROB)
         held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
         row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
         store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
@@ -128,6 +155,7 @@ def _gelu_backward_quantize_kernel(
     tile_exponent_ptr,
     prob_ptr,
     prob_gradient_ptr,
+    h_scale_ptr,
     cols,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -135,6 +163,7 @@ def _gelu_backward_quantize_kernel(
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
     PROB: tl.constexpr,
+    H: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dy_ptr += row * cols
@@ -142,9 +171,12 @@ def _gelu_backward_quantize_kernel(
     prob = 1.0
     if PROB:
         prob = tl.load(prob_ptr + row)
-    dy, x = load_piece(dy_ptr, 0, cols, BLOCK), load_piece(h_ptr, 0, cols, BLOCK)
+    h_scale = 1.0
+    if H != "":
+        h_scale = tl.load(h_scale_ptr + row)
+    dy, x = load_piece(dy_ptr, 0, cols, BLOCK), _h_values(load_raw(h_ptr, 0, cols, BLOCK), h_scale, H)
     if TAIL:
-        dy_tail, x_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL), load_piece(h_ptr, BLOCK * 128, cols, TAIL)
+        dy_tail, x_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL), _h_values(load_raw(h_ptr, BLOCK * 128, cols, TAIL), h_scale, H)
     dh, dprob = _gelu_gradients(dy, x, prob, PROB)
     held, local, tile_exp = hold_piece(dh, micro_amax(dh), LOCAL, E5M2)
     row_exp = tl.max(tile_exp, axis=0)
@@ -160,39 +192,74 @@ def _gelu_backward_quantize_kernel(
         tl.store(prob_gradient_ptr + row, dprob)
 
 
+def _is_fused(h: torch.Tensor | ScaledTensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+    """Raise on options that do not fit; is the fused kernel there for the rest?"""
+    _check_options(granularity, fold, None)
+    check_prob(prob, h.shape[0])
+    return granularity in ("row", "tile", "micro") and h.shape[1] <= rows.MAX_ROW
+
+
 def gelu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+    h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
 ) -> ScaledTensor:
-    """Kernel twin of `fp8_recipes.reference.gelu_quantize`. h: [rows, F] bf16 -> quantised [rows, F].
+    """Kernel twin of `fp8_recipes.reference.gelu_quantize`. h: [rows, F] bf16 or saved (row-scaled FP8) -> quantised [rows, F].
 
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise GeLU is computed in fp32 first.
     """
-    if not check_activation(h, granularity, fold, prob):
+    source, h_scale, form = _h_arguments(h)
+    if not _is_fused(h, granularity, fold, prob):
         return quantize(gelu(h, prob), granularity, fmt, fold=fold)
-    rows, cols = h.shape
+    count, cols = source.shape
     r = row_result(cols, granularity, fold, fmt)
-    q, pointers = empty_rows(rows, cols, r, fmt, h.device)
-    launch(_gelu_quantize_kernel, (rows,), h, *pointers, h if prob is None else prob, cols, PROB=prob is not None, **r.constants)
+    q, pointers = empty_rows(count, cols, r, fmt, source.device)
+    arguments = (source, *pointers, source if prob is None else prob, h_scale, source, cols)
+    launch(_gelu_quantize_kernel, (count,), *arguments, PROB=prob is not None, H=form, SAVE=False, **r.constants)
     return q
 
 
-def gelu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
-) -> GeluGradients:
-    """Kernel twin of `fp8_recipes.reference.gelu_backward_quantize`. dy, h: [rows, F] bf16 -> `GeluGradients`.
+def gelu_quantize_saving(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """Kernel twin of `fp8_recipes.reference.gelu_quantize_saving`: (the quantised GeLU, h itself in ``fmt``), from one read where it is fused."""
+    check_unsaved(h)
+    _h_arguments(h)
+    if not _is_fused(h, granularity, fold, prob):
+        whole = quantize(h, "row", fmt)
+        return quantize(gelu(h, prob), granularity, fmt, fold=fold), ScaledTensor(whole.payload, whole.scale, "row")
+    count, cols = h.shape
+    r = row_result(cols, granularity, fold, fmt)
+    q, pointers = empty_rows(count, cols, r, fmt, h.device)
+    saved, h_scale = common.empty((count, cols), torch.uint8, h.device), common.empty((count,), torch.float32, h.device)
+    arguments = (h, *pointers, h if prob is None else prob, h_scale, saved, cols)
+    launch(_gelu_quantize_kernel, (count,), *arguments, PROB=prob is not None, H="", SAVE=True, **r.constants)
+    return q, ScaledTensor(saved.view(fmt.dtype), h_scale, "row")
 
-    Fused for "row", "tile" and "micro" up to F = 32768; otherwise the gradient is computed in fp32 first.
+
+def gelu_backward_quantize(
+    dy: torch.Tensor,
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
+) -> GeluGradients:
+    """Kernel twin of `fp8_recipes.reference.gelu_backward_quantize`. dy: [rows, F] bf16, h: [rows, F] bf16 or saved (row-scaled FP8) -> `GeluGradients`.
+
+    Fused for "row", "tile" and "micro" up to F = 32768; otherwise the gradient is computed in fp32 first. prob's gradient: one program sums one row, always in
+    the same order.
     """
     check_matrix(dy, "dy")
     check_device(dy, "dy")
     check_same(dy, h)
-    if not check_activation(h, granularity, fold, prob):
+    source, h_scale, form = _h_arguments(h)
+    if not _is_fused(h, granularity, fold, prob):
         q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
         return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))
-    rows, cols = h.shape
+    count, cols = dy.shape
     r = row_result(cols, granularity, fold, fmt)
-    q, pointers = empty_rows(rows, cols, r, fmt, h.device)
-    given, dprob = (h, None) if prob is None else (prob, common.empty((rows,), torch.float32, h.device))
-    outputs = (given, given if dprob is None else dprob)
-    launch(_gelu_backward_quantize_kernel, (rows,), dy, h, *pointers, *outputs, cols, PROB=prob is not None, **r.constants)
+    q, pointers = empty_rows(count, cols, r, fmt, dy.device)
+    given, dprob = (dy, None) if prob is None else (prob, common.empty((count,), torch.float32, dy.device))
+    arguments = (dy, source, *pointers, given, given if dprob is None else dprob, h_scale, cols)
+    launch(_gelu_backward_quantize_kernel, (count,), *arguments, PROB=prob is not None, H=form, **r.constants)
     return GeluGradients(q, dprob)

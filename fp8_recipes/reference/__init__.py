@@ -4,7 +4,7 @@ from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quant
 from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
-from .gelu import GeluGradients, gelu_backward_quantize, gelu_quantize
+from .gelu import GeluGradients, gelu_backward_quantize, gelu_quantize, gelu_quantize_saving
 from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .moments import moments
@@ -33,6 +33,7 @@ __all__ = [
     "gather_rows",
     "gelu_backward_quantize",
     "gelu_quantize",
+    "gelu_quantize_saving",
     "gemm",
     "gemm_exact",
     "grouped_fold_transpose",

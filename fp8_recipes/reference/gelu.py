@@ -14,7 +14,7 @@ import torch
 
 from ..formats import E4M3, Format
 from ..tensor import ScaledTensor
-from .activation import check_prob
+from .activation import check_prob, values_of
 from .quantize import quantize
 from .xielu import check_same
 
@@ -26,40 +26,64 @@ class GeluGradients(NamedTuple):
     prob: torch.Tensor | None
 
 
-def gelu(h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+def gelu(h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> torch.Tensor:
     """GeLU in fp32 of h [rows, F]; times ``prob`` [rows] fp32 if given."""
     check_prob(prob, h.shape[0])
-    x = h.float()
+    x = values_of(h)
     y = x * (torch.special.erfc(x * -math.sqrt(0.5)) / 2)
     return y if prob is None else y * prob[:, None]
 
 
-def gelu_backward(dy: torch.Tensor, h: torch.Tensor, prob: torch.Tensor | None = None) -> torch.Tensor:
+def gelu_backward(dy: torch.Tensor, h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> torch.Tensor:
     """Gradient of `gelu` by h in fp32 [rows, F]."""
     check_same(dy, h)
     check_prob(prob, h.shape[0])
-    x = h.float()
+    x = values_of(h)
     g = dy.float() if prob is None else dy.float() * prob[:, None]
     density = torch.exp(x * x * -0.5) / math.sqrt(2 * math.pi)
     return g * (torch.special.erfc(x * -math.sqrt(0.5)) / 2 + x * density)
 
 
-def gelu_prob_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def gelu_prob_gradient(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> torch.Tensor:
     """Gradient of `gelu` by prob, fp32 [rows]."""
     check_same(dy, h)
     return (dy.float() * gelu(h)).sum(dim=1)
 
 
+def check_unsaved(h: torch.Tensor | ScaledTensor) -> None:
+    """Raise where ``h`` is FP8 already and is to be saved."""
+    if isinstance(h, ScaledTensor):
+        raise TypeError("h is a ScaledTensor already; gelu_quantize_saving is for a bf16 h, use gelu_quantize")
+
+
 def gelu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+    h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
 ) -> ScaledTensor:
-    """Quantised GeLU of h [rows, F] bf16. prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation."""
+    """Quantised GeLU of h [rows, F], bf16 or as `gelu_quantize_saving` saved it.
+
+    prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation. A row with h = 0 (padding) is exactly zero.
+    """
     return quantize(gelu(h, prob), granularity, fmt, fold=fold)
 
 
+def gelu_quantize_saving(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """(`gelu_quantize` of h, h itself in ``fmt`` under one scale per row, without tile exponents): what backward needs at half of bf16's bytes."""
+    check_unsaved(h)
+    q, saved = gelu_quantize(h, granularity, fmt, fold=fold, prob=prob), quantize(h, "row", fmt)
+    return q, ScaledTensor(saved.payload, saved.scale, "row")
+
+
 def gelu_backward_quantize(
-    dy: torch.Tensor, h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+    dy: torch.Tensor,
+    h: torch.Tensor | ScaledTensor,
+    granularity: str = "row",
+    fmt: Format = E4M3,
+    *,
+    fold: str | None = None,
+    prob: torch.Tensor | None = None,
 ) -> GeluGradients:
-    """Gradients of `gelu_quantize` from dy [rows, F] bf16: by h quantised, by prob in fp32."""
+    """Gradients of `gelu_quantize` from dy [rows, F] bf16 and its h: by h quantised, by prob in fp32."""
     q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
     return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))

@@ -40,7 +40,7 @@ def check_alpha(alpha: torch.Tensor) -> None:
         raise ValueError(f"alpha must be contiguous fp32 (2,) = [alpha_p, alpha_n]; got {alpha.dtype} {tuple(alpha.shape)}")
 
 
-def check_same(dy: torch.Tensor, h: torch.Tensor) -> None:
+def check_same(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> None:
     """Raise unless ``dy`` and ``h`` have one shape."""
     if dy.shape != h.shape:
         raise ValueError(f"h and dy must both be [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")

@@ -47,8 +47,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
         found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
         found.append(("xielu", "_xielu_quantize_kernel", row, {}, 3))
         found.append(("xielu", "_xielu_backward_quantize_kernel", row, {}, 6))
-        found.append(("gelu", "_gelu_quantize_kernel", row, {}, 3))
-        found.append(("gelu", "_gelu_backward_quantize_kernel", row, {}, 6))
+        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "", "SAVE": False}, {}, 3))
+        found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
     for e5m2 in (False, True):
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
@@ -79,7 +79,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
 
 
 def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
-    """Weights through the table of addresses; SwiGLU that saves h in FP8, and from the saved h, at the widths of experts."""
+    """Weights through the table of addresses; SwiGLU and GeLU that save h in FP8, and from the saved h, at the widths of experts."""
     found: list[tuple[str, str, dict, dict, int]] = []
     fp8 = {"h_ptr": "*u8"}
     for e5m2 in (False, True):
@@ -93,6 +93,11 @@ def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
         found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": True, "per_thread": 24}, {}, 4))
         found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 2))
         found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 4))
+    for e5m2, cols in ((False, 1152), (True, 2112), (True, 3072)):
+        row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, "E5M2": e5m2}
+        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "", "SAVE": True}, {}, 2))
+        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 1))
+        found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 3))
     found.append(("experts", "_measure_experts_kernel", {"BLOCK": 4096, "ALIGNED": True}, {"partial_ptr": "*fp32"}, 4))
     return found
 

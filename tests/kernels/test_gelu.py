@@ -8,7 +8,7 @@ from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import gelu_backward_quantize, gelu_quantize, rows
+from fp8_recipes.kernels import gelu_backward_quantize, gelu_quantize, gelu_quantize_saving, rows
 from fp8_recipes.reference.gelu import gelu, gelu_backward
 
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
@@ -62,6 +62,48 @@ def test_prob(device, granularity, fold):
     assert_bitwise(gelu_quantize(h, granularity, fold=fold, prob=torch.ones_like(prob)), gelu_quantize(h, granularity, fold=fold))
 
 
+SAVED = [(shape, "row", None, FORMATS["e4m3"]) for shape in SHAPES]
+SAVED += [((3, 832), "row", None, FORMATS["e5m2"]), ((5, 128), "micro", "row", FORMATS["e5m2"]), ((5, 128), "tile", None, FORMATS["e4m3"])]
+SAVED += [((4, 100), "micro", "row", FORMATS["e4m3"]), ((5, 128), "tensor", None, FORMATS["e4m3"])]
+
+
+@pytest.mark.parametrize(("shape", "granularity", "fold", "fmt"), SAVED, ids=str)
+def test_saved_h(device, shape, granularity, fold, fmt):
+    """The same read also gives h in FP8, bit for bit; what is computed from that is the reference's result of the same bytes."""
+    dy, h = inputs(*shape, device)
+    prob = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
+    q, saved = gelu_quantize_saving(h, granularity, fmt, fold=fold, prob=prob)
+    assert_bitwise(saved, reference.gelu_quantize_saving(h, granularity, fmt, fold=fold, prob=prob)[1])
+    assert_bitwise(q, gelu_quantize(h, granularity, fmt, fold=fold, prob=prob), "the activation without saving")
+    y, dh = truth(dy, reference.dequantize(saved), prob)
+    again = gelu_quantize(saved, granularity, fmt, fold=fold, prob=prob)
+    assert_quantized(again, reference.gelu_quantize(saved, granularity, fmt, fold=fold, prob=prob), y)
+    actual = gelu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)
+    expected = reference.gelu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob)
+    assert_quantized(actual.h, expected.h, dh)
+    terms = dy.double() * truth(dy, reference.dequantize(saved))[0]
+    assert ((actual.prob.double() - terms.sum(1)).abs() <= 1e-5 * terms.abs().sum(1)).all()
+    assert torch.equal(gelu_backward_quantize(dy, saved, granularity, fmt, fold=fold, prob=prob).prob, actual.prob)
+
+
+def test_saved_h_of_padding_and_bad_rows(device):
+    dy, h = inputs(5, 256, device)
+    h[1] = 0
+    h[2, 7], h[3, 9] = torch.nan, -torch.inf
+    prob = torch.ones(5, device=device)
+    dy[1], prob[1] = 0, 0
+    q, saved = gelu_quantize_saving(h, prob=prob)
+    assert_bitwise(saved, reference.gelu_quantize_saving(h, prob=prob)[1])
+    assert not saved.payload[1].view(torch.uint8).any() and saved.scale[1] == 2.0**-126
+    bad = [[2, 7], [3, 9]]
+    assert reference.dequantize(saved).isnan().nonzero().tolist() == bad, "what is not finite is NaN, alone"
+    assert reference.dequantize(q).isnan().nonzero().tolist() == bad
+    actual = gelu_backward_quantize(dy, saved, prob=prob)
+    assert reference.dequantize(actual.h).isnan().nonzero().tolist() == bad
+    assert actual.prob.isnan().tolist() == [False, False, True, True, False] and actual.prob[1] == 0
+    assert not actual.h.payload[1].view(torch.uint8).any()
+
+
 def test_the_fitted_tail(device):
     """Every group holds one value, so E4M3 shows its relative error: none is a whole step from float64, far into the tail."""
     h = torch.zeros(16, 32, 32, device=device)
@@ -81,6 +123,12 @@ def test_rows_too_wide_for_registers(device, monkeypatch):
     y, dh = truth(dy, h)
     assert_quantized(gelu_quantize(h, "micro", fold="row"), reference.gelu_quantize(h, "micro", fold="row"), y)
     assert_quantized(gelu_backward_quantize(dy, h).h, reference.gelu_backward_quantize(dy, h).h, dh)
+    q, saved = gelu_quantize_saving(h)
+    assert_bitwise(saved, reference.gelu_quantize_saving(h)[1])
+    assert_quantized(q, reference.gelu_quantize(h), y)
+    y, dh = truth(dy, reference.dequantize(saved))
+    assert_quantized(gelu_quantize(saved), reference.gelu_quantize(saved), y)
+    assert_quantized(gelu_backward_quantize(dy, saved).h, reference.gelu_backward_quantize(dy, saved).h, dh)
 
 
 def test_bad_elements_stay_alone(device):
@@ -103,6 +151,15 @@ def test_bad_input(device):
         gelu_quantize(h[:0])
     with pytest.raises(ValueError, match="empty"):
         gelu_backward_quantize(dy[:0], h[:0])
+    _, saved = gelu_quantize_saving(h)
+    for module in (gelu_quantize_saving, reference.gelu_quantize_saving):
+        with pytest.raises(TypeError, match="h is a ScaledTensor already; gelu_quantize_saving is for a bf16 h"):
+            module(saved)
+    tiles = reference.quantize(h, "tile")
+    with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):
+        gelu_quantize(tiles)
+    with pytest.raises(ValueError, match="h has tile scales"):
+        gelu_backward_quantize(dy, tiles)
 
 
 @pytest.mark.gpu
@@ -118,3 +175,9 @@ def test_real_sizes(device, shape, granularity, fold):
             assert_quantized(gelu_quantize(h, granularity, fmt, **options), reference.gelu_quantize(h, granularity, fmt, **options), y)
             actual = gelu_backward_quantize(dy, h, granularity, fmt, **options)
             assert_quantized(actual.h, reference.gelu_backward_quantize(dy, h, granularity, fmt, **options).h, dh)
+            q, saved = gelu_quantize_saving(h, granularity, fmt, **options)
+            assert_bitwise(saved, reference.gelu_quantize_saving(h, granularity, fmt, **options)[1])
+            assert_bitwise(q, gelu_quantize(h, granularity, fmt, **options), "the activation without saving")
+            _, dh = truth(dy, reference.dequantize(saved), p)
+            actual = gelu_backward_quantize(dy, saved, granularity, fmt, **options)
+            assert_quantized(actual.h, reference.gelu_backward_quantize(dy, saved, granularity, fmt, **options).h, dh)

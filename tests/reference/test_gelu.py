@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fp8_recipes.formats import E4M3, E5M2
-from fp8_recipes.reference import gelu_backward_quantize, gelu_quantize, quantize
+from fp8_recipes.reference import dequantize, gelu_backward_quantize, gelu_quantize, gelu_quantize_saving, quantize
 from fp8_recipes.reference.gelu import gelu, gelu_backward, gelu_prob_gradient
 
 ROWS, FFN = 19, 150
@@ -42,6 +42,21 @@ def test_fused_results_are_the_quantised_fp32_values(granularity: str, fold: str
         assert q.granularity == (fold or granularity) and q.format is fmt
     assert got.prob is not None and torch.equal(got.prob, gelu_prob_gradient(dy, h))
     assert gelu_backward_quantize(dy, h, granularity, fmt, fold=fold).prob is None
+
+
+def test_saved_h_is_h_in_fp8_and_stands_for_it() -> None:
+    h, dy, prob = normal(9, 3), normal(10), torch.linspace(0, 1, ROWS)
+    for fmt in (E4M3, E5M2):
+        q, saved = gelu_quantize_saving(h, "micro", fmt, fold="row", prob=prob)
+        alone = gelu_quantize(h, "micro", fmt, fold="row", prob=prob)
+        assert torch.equal(q.payload.view(torch.uint8), alone.payload.view(torch.uint8)) and torch.equal(q.scale, alone.scale)
+        whole = quantize(h, "row", fmt)
+        assert torch.equal(saved.payload.view(torch.uint8), whole.payload.view(torch.uint8)) and torch.equal(saved.scale, whole.scale)
+        assert saved.tile_exponent is None and saved.format is fmt
+        values = dequantize(saved).bfloat16()  # exact: an FP8 value times a power of two
+        got, want = (gelu_backward_quantize(dy, x, prob=prob) for x in (saved, values))
+        assert torch.equal(got.h.payload.view(torch.uint8), want.h.payload.view(torch.uint8)) and torch.equal(got.prob, want.prob)
+        assert torch.equal(gelu(saved, prob), gelu(values, prob))
 
 
 def test_refusals() -> None:
