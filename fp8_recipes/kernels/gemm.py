@@ -49,6 +49,15 @@ def _tile_origin(tile, tiles_m, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
+def _multiply(a, b, acc, BLOCK_K: tl.constexpr, PROMOTE: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] + a [BLOCK_M, BLOCK_K] @ b^T. At every block the compiler's own promotion serves (a branch for it would have no other side)."""
+    if PROMOTE == 1:
+        return tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
+    else:
+        return tl.dot(a, b.T, acc)
+
+
+@triton.jit
 def _write(
     acc,  # [BLOCK_M, BLOCK_N] fp32
     out_desc,
@@ -144,11 +153,7 @@ def _gemm_kernel(
             m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
         a = a_desc.load([m0, k * BLOCK_K])
         b = b_desc.load([n0, k * BLOCK_K])
-        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]; at every block the compiler's own promotion serves (and the branch below would have no other side)
-        if PROMOTE == 1:  # noqa: SIM108
-            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(a, b.T, acc)
+        acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
         if k == blocks_k - 1:
             if PROMOTE > 1:
                 acc += total

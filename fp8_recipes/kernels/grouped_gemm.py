@@ -29,7 +29,7 @@ from ..tensor import TILE, ScaledTensor
 from . import common
 from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
-from .gemm import _ALIGNMENT, _multiprocessors, _tile_origin, _write
+from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K, GemmConfig
 from .launch import launch, matrix_descriptor
 
@@ -101,11 +101,7 @@ def _grouped_gemm_kernel(
         a = a_desc.load([m0, k * BLOCK_K])
         # Where BLOCK_N does not divide N this reads some rows of the next expert; their columns of the result lie beyond N and are not written.
         b = b_desc.load([row_b, k * BLOCK_K])
-        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
-        if PROMOTE == 1:  # noqa: SIM108
-            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(a, b.T, acc)
+        acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
         if k == blocks_k - 1:
             if PROMOTE > 1:
                 acc += total
@@ -196,11 +192,7 @@ def _grouped_wgrad_kernel(
             finish = tl.where(empty, -1, last) if ACCUMULATE else last
         a = a_desc.load([m0, row + k * BLOCK_K])
         b = b_desc.load([n0, row + k * BLOCK_K])
-        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N], contraction over rows
-        if PROMOTE == 1:  # noqa: SIM108
-            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(a, b.T, acc)
+        acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
         write = k == finish
         if IN_OUT:
             write = write | ((k + 1) % PROMOTE == 0)
