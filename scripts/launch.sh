@@ -9,13 +9,14 @@
 # --data     dataset prefix from "python -m fp8_recipes.data"; without it Megatron's mock data
 # --gpus     processes on this node (default 1)
 # --log      JSON-lines file, one line per iteration
+# --profile  Chrome trace (.json) of the GPU's work in one iteration of rank 0, with a report of where the time goes (scripts/profile_megatron.py)
 # --dry-run  print the command and do not run it
 # --         everything after it goes to Megatron unchanged
 # Environment: PYTHON (default python3), MASTER_PORT (default 29500); multi-node: NNODES, NODE_RANK, MASTER_ADDR.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-model=tiny recipe=bf16 data="" gpus=1 steps=20 log="" dry_run=false
+model=tiny recipe=bf16 data="" gpus=1 steps=20 log="" profile="" dry_run=false
 usage() { sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; }
 need() { [[ $# -ge 2 ]] || { echo "launch.sh: $1 needs a value" >&2; exit 2; }; }
 while [[ $# -gt 0 ]]; do
@@ -26,6 +27,7 @@ while [[ $# -gt 0 ]]; do
     --gpus) need "$@"; gpus=$2; shift 2 ;;
     --steps) need "$@"; steps=$2; shift 2 ;;
     --log) need "$@"; log=$2; shift 2 ;;
+    --profile) need "$@"; profile=$2; shift 2 ;;
     --dry-run) dry_run=true; shift ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
@@ -59,13 +61,19 @@ fi
 log_args=(--log-interval 1 --eval-iters 0)
 [[ -n "$log" ]] && log_args+=(--fp8-log "$log")
 
+entry=(-m fp8_recipes.pretrain_gpt)
+if [[ -n "$profile" ]]; then
+  entry=("$root/scripts/profile_megatron.py")
+  export FP8_RECIPES_PROFILE=$profile
+fi
+
 # One hardware queue keeps Megatron's communication ahead of the products that wait for it.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 command=(
   "${PYTHON:-python3}" -m torch.distributed.run --nproc-per-node "$gpus"
   --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
-  -m fp8_recipes.pretrain_gpt
+  "${entry[@]}"
   "${SHARED_ARGS[@]}" "${MODEL_ARGS[@]}" "${BATCH_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VOCAB_ARGS[@]}"
   --bf16 --transformer-impl transformer_engine --use-distributed-optimizer --attention-backend auto --no-create-attention-mask-in-dataloader
   --train-iters "$steps"
@@ -73,6 +81,7 @@ command=(
 )
 if $dry_run; then
   printf 'CUDA_DEVICE_MAX_CONNECTIONS=%s PYTHONPATH=%q' "$CUDA_DEVICE_MAX_CONNECTIONS" "$PYTHONPATH"
+  [[ -z "$profile" ]] || printf ' FP8_RECIPES_PROFILE=%q' "$profile"
   printf ' %q' "${command[@]}"
   printf '\n'
   exit 0
