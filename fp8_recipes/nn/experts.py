@@ -1,14 +1,15 @@
 """The experts of a mixture-of-experts layer as one autograd function: from the tokens before dispatch to the tokens after combine.
 
-    forward    x bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc1-> h bf16 -[SwiGLU x prob + quantise]-> FP8 -fc2-> bf16 -unpermute, sum-> y
-    backward   dy bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc2 dgrad-> bf16 -[dSwiGLU + quantise]-> FP8 -fc1 dgrad-> bf16 -> dx
+    forward    x bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc1-> h bf16 -[act x prob + quantise]-> FP8 -fc2-> bf16 -unpermute, sum-> y
+    backward   dy bf16 -[quantise]-> FP8 -dispatch-> FP8 -permute, pad-> FP8 -fc2 dgrad-> bf16 -[dact + quantise]-> FP8 -fc1 dgrad-> bf16 -> dx
                wgrads from the payloads that are there anyway, folded to column blocks per expert
 
 Two casts stand alone, one in each pass; every other FP8 tensor is written by a kernel that had to run anyway. Saved for backward: the tokens as they arrived
 (H bytes each, not one copy per expert), the index tensors of the permutation, prob, and what the recipe's ``moe_saved`` says of fc1's output. All sizes that
 depend on the routing stay on the device; the host waits for nothing here (`nn.dispatch` says where it does).
 
-Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, L experts of this rank, rows = rows of the grouped buffer.
+act is SwiGLU or GeLU (`nn.activations`), h [rows, 2F] or [rows, F]. Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, L experts
+of this rank, rows = rows of the grouped buffer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..recipe import Recipe, RecipeError
 from ..reference.grouped import GroupedTensor
 from ..tensor import TILE, ScaledTensor
 from ..weight_scaling import ATTRIBUTE, BF16_ROUNDING, PredictedScale
+from .activations import Activation
 from .dispatch import Dispatcher
 
 _version_of = attrgetter("_version")
@@ -136,13 +138,15 @@ def _predicted(weights: Sequence[torch.Tensor], states: Sequence[PredictedScale]
 
 @dataclass(frozen=True)
 class Flow:
-    """What `run_experts` needs beside tensors. num_experts: of the whole model. save: keep for backward (False: inference, or a pass that is recomputed).
+    """What `run_experts` needs beside tensors. num_experts: of the whole model. act: what the experts compute between their two products.
+    save: keep for backward (False: inference, or a pass that is recomputed).
     observer: ``observer(linear, role, x, q, source)`` sees what is quantised, as that of the fused MLP does: linear "linear_fc1" or "linear_fc2", role "input"
     or "grad", x None where a fused kernel made q. source: None for this rank's tokens; of a grouped buffer [rows] int32, -1 where q's row is undefined."""
 
     recipe: Recipe
     dispatcher: Dispatcher
     num_experts: int
+    act: Activation
     save: bool = True
     observer: Callable[[str, str, torch.Tensor | None, ScaledTensor, torch.Tensor | None], None] | None = None
 
@@ -170,7 +174,7 @@ def _quantize(x: torch.Tensor, how: dict[str, Any]) -> ScaledTensor:
 
 
 def _fc1(q: ScaledTensor, row_map: ops.RowMap, w1: ExpertWeights) -> torch.Tensor:
-    """Permute + pad and the first product: h [rows, 2F] bf16."""
+    """Permute + pad and the first product: h [rows, F or 2F] bf16."""
     rows, _ = ops.gather_rows(q, row_map)
     return w1.product(rows, w1.row(), row_map)
 
@@ -191,12 +195,14 @@ class _Experts(torch.autograd.Function):
         assert index is not None
         row_map = ops.route_map(index, experts, ops.rows_for(dispatcher.received_copies(plan), experts))
         rows, row_prob = ops.gather_rows(q, row_map, arrived_prob)
-        h = w1.product(rows, w1_row, row_map)  # [rows, H] @ [H, 2F]
+        h = w1.product(rows, w1_row, row_map)  # [rows, H] @ [H, F or 2F]
         del rows, w1_row
-        keep_h = flow.save and recipe.moe_saved != "input"
-        act = ops.swiglu_quantize(h, **flow.activation(), prob=row_prob, save_h=keep_h)
+        saved_h: ScaledTensor | None = None
+        if flow.save and recipe.moe_saved != "input":
+            act, saved_h = flow.act.quantize_saving(h, **flow.activation(), prob=row_prob)
+        else:
+            act = flow.act.quantize(h, **flow.activation(), prob=row_prob)
         del h
-        act, saved_h = act if keep_h else (act, None)
         flow.see("linear_fc2", "input", None, act, row_map.source)
         y = w2.product(act, w2.row(), row_map)  # [rows, F] @ [F, H]
         if flow.save:
@@ -229,17 +235,17 @@ class _Experts(torch.autograd.Function):
         del h
         dw2: Sequence[torch.Tensor | None] = [None] * len(w2.weights)
         if need_w:
-            act = ops.swiglu_quantize(recomputed, **flow.activation(), prob=row_prob) if act is None else act
+            act = flow.act.quantize(recomputed, **flow.activation(), prob=row_prob) if act is None else act
             dw2 = _weight_gradients([dyq, act], w2, row_map)
         del act
         da = w2.product(dyq, w2.transposed(), row_map)  # [rows, H] @ [H, F]
         del dyq
-        dh, drow_prob = ops.swiglu_backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
+        dh, drow_prob = flow.act.backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
         flow.see("linear_fc1", "grad", None, dh, row_map.source)
         del da, recomputed
         dx = dprob = None
         if need_x:
-            rows = w1.product(dh, w1.transposed(), row_map)  # [rows, 2F] @ [2F, H]
+            rows = w1.product(dh, w1.transposed(), row_map)  # [rows, F or 2F] @ [F or 2F, H]
             dx = ops.combine_rows(rows, row_map)
             del rows
             dx = flow.dispatcher.combine(dx, plan).to(ctx.dtype)
@@ -256,7 +262,7 @@ class _Experts(torch.autograd.Function):
 def run_experts(
     x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """x [T, H], prob [T, K] fp32, expert_index [T, K] int32, w1 L times [2F, H], w2 L times [H, F] -> [T, H]. Arguments are checked by `nn.moe.moe_experts`."""
+    """x [T, H], prob [T, K] fp32, expert_index [T, K] int32, w1 L times [2F or F, H], w2 L times [H, F] -> [T, H]. Checked by `nn.moe.moe_experts`."""
     if torch._C._are_functorch_transforms_active():
         _Experts.apply(x, prob, expert_index, flow, *w1, *w2)  # raises: this function has no setup_context
     return _apply(x, prob, expert_index, flow, *w1, *w2)

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer in FP8: `moe_experts` from the router's output on, `MoE` with router and shared experts. Neither Megatron nor
 TransformerEngine is needed.
 
-    y[t] = sum_k prob[t, k] * w2[e] swiglu(w1[e] x[t])        e = expert_index[t, k]
+    y[t] = sum_k prob[t, k] * w2[e] act(w1[e] x[t])        e = expert_index[t, k]; act: SwiGLU, or GeLU without a gate
 
 The dataflow, dtype by dtype, is in docs/recipes.md and `nn.experts`; how tokens travel between ranks in `nn.dispatch`.
 """
@@ -18,9 +18,11 @@ from torch import nn
 from ..recipe import Recipe, RecipeError, from_name
 from ..reference.permute import VECTOR
 from ..weight_scaling import ATTRIBUTE, WeightScaling
+from .activations import GELU, SWIGLU, Activation, activation_of
 from .dispatch import Dispatcher, Local
 from .experts import Flow, run_experts
 from .linear import Linear
+from .mlp import can_fuse, fp8_mlp
 
 
 def moe_experts(
@@ -31,14 +33,16 @@ def moe_experts(
     w2: Sequence[torch.Tensor],
     *,
     recipe: Recipe,
+    activation: str = SWIGLU.name,
     dispatcher: Dispatcher | None = None,
     num_experts: int | None = None,
     observer: Any = None,
 ) -> torch.Tensor:
-    """``y[t] = sum_k prob[t, k] * w2[e] swiglu(w1[e] x[t])``, e = expert_index[t, k], in FP8 from dispatch to combine as `recipe` (moe="flow") says.
+    """``y[t] = sum_k prob[t, k] * w2[e] act(w1[e] x[t])``, e = expert_index[t, k], in FP8 from dispatch to combine as `recipe` (moe="flow") says.
 
     x: [T, H] bf16 (or fp32, fp16). expert_index: [T, K] int32, ids in the whole model, -1 = dropped copy. prob: [T, K] fp32.
-    w1: the L experts of this rank, [2F, H] = [gate; up] each; w2: [H, F] each; contiguous bf16 or fp32 parameters anywhere in memory.
+    w1: the L experts of this rank, [2F, H] = [gate; up] each, or [F, H] under activation="gelu" (exact, without a gate); w2: [H, F] each; contiguous bf16 or
+        fp32 parameters anywhere in memory. activation: "swiglu" or "gelu".
     dispatcher: how tokens reach their experts (`nn.dispatch`); None: every expert is on this rank. num_experts: of the whole model; None: L.
     observer: sees every tensor that is quantised (`nn.experts.Flow`), for metrics.
     H and F are multiples of 16; on CUDA an F that is no multiple of 128 costs the fused gradient of SwiGLU.
@@ -49,17 +53,18 @@ def moe_experts(
     """
     dispatcher = Local() if dispatcher is None else dispatcher
     num_experts = len(w1) * dispatcher.size if num_experts is None else num_experts
-    _check_inputs(x, expert_index, prob, w1, w2, dispatcher, num_experts)
+    act = activation_of(activation)
+    _check_inputs(x, expert_index, prob, w1, w2, act, dispatcher, num_experts)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantize:
         if dispatcher.size > 1:
             raise RecipeError(f"recipe {recipe.name!r} is not quantised and runs on one rank only; use fp8_flow_moe over {dispatcher.size} ranks")
-        return plain_experts(x, expert_index, prob, w1, w2)
+        return plain_experts(x, expert_index, prob, w1, w2, act)
     if recipe.moe != "flow":
         raise RecipeError(f"recipe {recipe.name!r}: moe={recipe.moe} has no grouped products; use fp8_flow_moe, or {recipe.name}:moe=flow if it folds to rows")
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, prob, *w1, *w2))
-    return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, save, observer), w1, w2)
+    return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, act, save, observer), w1, w2)
 
 
 def _check_inputs(
@@ -68,6 +73,7 @@ def _check_inputs(
     prob: torch.Tensor,
     w1: Sequence[torch.Tensor],
     w2: Sequence[torch.Tensor],
+    act: Activation,
     dispatcher: Dispatcher,
     num_experts: int,
 ) -> None:
@@ -86,8 +92,9 @@ def _check_inputs(
     if num_experts != len(w1) * dispatcher.size:
         raise ValueError(f"num_experts={num_experts} over {dispatcher.size} ranks leaves {num_experts / dispatcher.size:g} here, but w1 holds {len(w1)}")
     hidden, ffn = x.shape[1], w2[0].shape[-1]
-    if tuple(w1[0].shape) != (2 * ffn, hidden) or tuple(w2[0].shape) != (hidden, ffn):
-        raise ValueError(f"for x with H = {hidden}, w1 must be [2F, H] and w2 [H, F] per expert; got {tuple(w1[0].shape)} and {tuple(w2[0].shape)}")
+    if tuple(w1[0].shape) != (act.parts * ffn, hidden) or tuple(w2[0].shape) != (hidden, ffn):
+        wanted = f"for x with H = {hidden} and activation={act.name!r}, w1 must be [{'2F' if act.parts == 2 else 'F'}, H] and w2 [H, F] per expert"
+        raise ValueError(f"{wanted}; got {tuple(w1[0].shape)} and {tuple(w2[0].shape)}")
     for name, value in (("hidden", hidden), ("ffn", ffn)):
         if value % VECTOR:
             raise ValueError(f"{name}={value} must be a multiple of {VECTOR}: rows of FP8 start on {VECTOR} bytes; pad the model's {name} size")
@@ -98,13 +105,14 @@ def _check_inputs(
             raise ValueError(f"x is on {x.device} and {name} on {t.device}; move all to one device")
 
 
-def plain_experts(x: torch.Tensor, expert_index: torch.Tensor, prob: torch.Tensor, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> torch.Tensor:
+def plain_experts(
+    x: torch.Tensor, expert_index: torch.Tensor, prob: torch.Tensor, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], act: Activation = SWIGLU
+) -> torch.Tensor:
     """What `moe_experts` computes, in plain torch in the dtype of the weights, expert by expert: the baseline and, in float64, the truth of the tests."""
     y = torch.zeros(x.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     for expert, (a, b) in enumerate(zip(w1, w2, strict=True)):
         token, copy = (expert_index == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token].to(a.dtype), a).chunk(2, dim=1)
-        out = F.linear(F.silu(gate) * up * prob[token, copy, None].to(a.dtype), b)
+        out = F.linear(act.plain(F.linear(x[token].to(a.dtype), a)) * prob[token, copy, None].to(a.dtype), b)
         y = y.index_add(0, token, out.to(y.dtype))
     return y.to(x.dtype)
 
@@ -187,26 +195,35 @@ def load_balancing_loss(share: torch.Tensor, expert_index: torch.Tensor) -> torc
 
 
 class SharedExperts(nn.Module):
-    """A dense SwiGLU MLP that every token passes, in the recipe for dense layers."""
+    """A dense FFN that every token passes, with the experts' activation, in the recipe for dense layers. Parameters: gate_up.weight [2F, H] (without a gate
+    up.weight [F, H]), down.weight [H, F]."""
 
-    def __init__(self, hidden: int, ffn: int, recipe: Recipe, *, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, hidden: int, ffn: int, recipe: Recipe, activation: str = SWIGLU.name, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden, 2 * ffn, bias=False, recipe=recipe, device=device, dtype=dtype)
+        self.act = activation_of(activation)
+        first = Linear(hidden, self.act.parts * ffn, bias=False, recipe=recipe, device=device, dtype=dtype)
+        self.add_module("gate_up" if self.act.parts == 2 else "up", first)
         self.down = Linear(ffn, hidden, bias=False, recipe=recipe, device=device, dtype=dtype)
 
+    @property
+    def first(self) -> Linear:
+        return cast(Linear, self.gate_up if self.act.parts == 2 else self.up)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if self.act is GELU and can_fuse(self.first, self.down):
+            return fp8_mlp(x, self.first.weight, self.down.weight, recipe=self.down.recipe, observer=self.down.observer)
+        return self.down(self.act.plain(self.first(x)))
 
 
 class MoE(nn.Module):
     """Router, experts and shared experts: a drop-in for the MLP of a transformer block. x [..., H] -> y [..., H].
 
     recipe: a `Recipe` or a name; experts run it, shared experts run its dense recipe ("bf16": everything in plain torch). ffn: inner width of one expert.
-    shared_ffn: inner width of the shared experts together, 0 = none. dispatcher: `nn.dispatch`; with E experts over S ranks each holds E / S, this rank's.
+    activation: "swiglu", or "gelu" without a gate, of experts and shared experts. shared_ffn: inner width of the shared experts together, 0 = none.
+    dispatcher: `nn.dispatch`; with E experts over S ranks each holds E / S, this rank's.
     aux_loss: coefficient of `load_balancing_loss`. After a forward ``self.aux_loss`` is that loss times the coefficient (0-dim fp32), to be added to the
         training loss.
-    Other keywords: see `Router`. Parameters: router.weight [E, H], w1.0, w1.1, ... [2F, H], w2.0, ... [H, F].
+    Other keywords: see `Router`. Parameters: router.weight [E, H], w1.0, w1.1, ... [2F, H] ([F, H] without a gate), w2.0, ... [H, F].
     Under ``weight_scale=predicted`` call `track`, or the experts' weights are measured at each use.
     """
 
@@ -218,6 +235,7 @@ class MoE(nn.Module):
         top_k: int,
         *,
         recipe: Recipe | str = "fp8_flow_moe",
+        activation: str = SWIGLU.name,
         shared_ffn: int = 0,
         aux_loss: float = 0.0,
         dispatcher: Dispatcher | None = None,
@@ -232,31 +250,32 @@ class MoE(nn.Module):
             raise ValueError(f"num_experts={num_experts} must be a multiple of the {self.dispatcher.size} ranks that share them")
         local = num_experts // self.dispatcher.size
         self.router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **router)
-        self.w1 = nn.ParameterList(_expert_weight(2 * ffn, hidden, device, dtype) for _ in range(local))
+        parts = activation_of(activation).parts
+        self.w1 = nn.ParameterList(_expert_weight(parts * ffn, hidden, device, dtype) for _ in range(local))
         self.w2 = nn.ParameterList(_expert_weight(hidden, ffn, device, dtype) for _ in range(local))
-        self.shared = SharedExperts(hidden, shared_ffn, self.recipe.dense_recipe, device=device, dtype=dtype) if shared_ffn else None
-        self.num_experts, self.coefficient = num_experts, aux_loss
+        self.shared = SharedExperts(hidden, shared_ffn, self.recipe.dense_recipe, activation, device=device, dtype=dtype) if shared_ffn else None
+        self.num_experts, self.activation, self.coefficient = num_experts, activation, aux_loss
         self.aux_loss: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         index, prob, share = self.router(tokens)
         self.aux_loss = self.coefficient * load_balancing_loss(share, index) if self.coefficient else None
-        y = moe_experts(tokens, index, prob, list(self.w1), list(self.w2), recipe=self.recipe, dispatcher=self.dispatcher, num_experts=self.num_experts).view(
-            x.shape
-        )
+        how: dict[str, Any] = {"recipe": self.recipe, "activation": self.activation, "dispatcher": self.dispatcher, "num_experts": self.num_experts}
+        y = moe_experts(tokens, index, prob, list(self.w1), list(self.w2), **how).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def track(self, scaling: WeightScaling) -> None:
         """Put every expert's weights, and the shared experts', under automatic scaling; the caller attaches the optimizer."""
-        shared = [] if self.shared is None else [self.shared.gate_up.weight, self.shared.down.weight]
+        shared = [] if self.shared is None else list(self.shared.parameters())
         for weight in (*self.w1, *self.w2, *shared):
             scaling.track(cast(nn.Parameter, weight))
 
     def extra_repr(self) -> str:
         untracked = self.recipe.weight_scale == "predicted" and not hasattr(self.w1[0], ATTRIBUTE)
         note = ", weight_scale=measured (experts not tracked)" if untracked else ""
-        return f"experts={self.num_experts}, here={len(self.w1)}, recipe={self.recipe.name}{note}"
+        act = "" if self.activation == SWIGLU.name else f", activation={self.activation}"
+        return f"experts={self.num_experts}, here={len(self.w1)}{act}, recipe={self.recipe.name}{note}"
 
 
 def _expert_weight(rows: int, cols: int, device: Any, dtype: Any) -> nn.Parameter:

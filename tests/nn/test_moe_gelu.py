@@ -1,0 +1,197 @@
+"""Experts without a gate (GeLU, FOG-opt's and FOG-flash's) against float64: values and every gradient, what is kept, which operations run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from assertions import assert_snr
+from moe_cases import CALLS, FLOW, SAVED, F, H, case, check, floor, flow, leaves, normal, results, top_k, truth, watched, with_main_grad
+
+from fp8_recipes import from_name
+from fp8_recipes.nn import MoE, fp8_mlp, moe_experts
+from fp8_recipes.nn.activations import GELU
+from fp8_recipes.nn.moe import plain_experts
+from fp8_recipes.weight_scaling import WeightScaling
+
+GELU_CALLS = {name.replace("swiglu", "gelu"): count for name, count in CALLS.items()} | {"gelu_quantize": 1, "gelu_quantize_saving": 1}
+
+
+def gelu(spec: str = "fp8_flow_moe"):
+    return flow(spec, activation="gelu")
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("k", [1, 2, 6, 8])
+def test_values_and_gradients(k: int, saved: str) -> None:
+    c = case(top_k(160, k, 8), 8, activation="gelu")
+    check(c, results(c, gelu(f"fp8_flow_moe:moe_saved={saved}")), saved)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_empty_experts_one_token_experts_and_dropped_copies(saved: str) -> None:
+    index = top_k(150, 3, 4)
+    index[::7, 1] = -1
+    index[30] = -1  # a token without any expert
+    index[5, 0], index[9, 2] = 5, 7  # experts 5 and 7 have one token each, 4 and 6 none
+    c = case(index, 8, activation="gelu")
+    got = results(c, gelu(f"fp8_flow_moe:moe_saved={saved}"))
+    check(c, got, saved, per_expert=6.0)
+    assert not got["y"][30].any() and not got["dx"][30].any()
+    assert not got["dw1"][4].any() and not got["dw2"][6].any()
+
+
+@pytest.mark.parametrize("name", ["all to one", "more experts than tokens", "one token", "no tokens"])
+def test_uneven_routing(name: str) -> None:
+    index, experts = {
+        "all to one": (torch.full((140, 1), 2), 4),
+        "more experts than tokens": (top_k(5, 2, 24), 24),
+        "one token": (torch.tensor([[3, 0]]), 4),
+        "no tokens": (torch.empty(0, 2), 4),
+    }[name]
+    c = case(index, experts, activation="gelu")
+    got = results(c, gelu())
+    if name == "no tokens":
+        assert got["y"].shape == (0, H) and not got["dw1"].any() and not got["dw2"].any()
+    else:
+        check(c, got, per_expert=6.0)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_nan_in_one_token(saved: str) -> None:
+    c = case(top_k(100, 2, 6), 6, activation="gelu")
+    run = gelu(f"fp8_flow_moe:moe_saved={saved}")
+    clean = results(c, run)
+    c.x = c.x.clone()
+    c.x[5, 7] = math.nan
+    got = results(c, run)
+    others = torch.arange(100) != 5
+    for name in ("y", "dx", "dprob"):
+        assert torch.isnan(got[name][5]).all() and torch.equal(got[name][others], clean[name][others]), name
+    mine = torch.zeros(6, dtype=torch.bool)
+    mine[c.index[5].long()] = True
+    for name in ("dw1", "dw2"):
+        assert torch.isnan(got[name][mine]).all() and torch.equal(got[name][~mine], clean[name][~mine]), name
+
+
+@pytest.mark.parametrize("spec", ["activation_granularity=micro,grad_granularity=micro", "grad=e5m2", "fold=none", "wgrad_fold=none", "promote=0"])
+def test_other_recipes(spec: str) -> None:
+    c = case(top_k(96, 2, 4), 4, activation="gelu")
+    got, want = results(c, gelu(f"fp8_flow_moe:{spec}")), truth(c)
+    if spec != "grad=e5m2":
+        check(c, got)
+    assert_snr(want["y"], got["y"], floor("y", activation="gelu"), "y")
+    for name in ("dx", "dw1", "dw2", "dprob"):
+        assert_snr(want[name], got[name], floor(name, activation="gelu") - 5, name)  # a mantissa bit less in dy and dh
+
+
+def test_unquantised_recipe_is_plain_torch() -> None:
+    c = case(top_k(64, 2, 4), 4, activation="gelu")
+    x = moe_experts(c.x, c.index, c.prob, c.w1, c.w2, recipe=from_name("bf16"), activation="gelu")
+    assert torch.equal(x, plain_experts(c.x, c.index, c.prob, c.w1, c.w2, GELU))
+    assert_snr(truth(c)["y"], x, 44, "y")
+
+
+def test_the_same_operations_run_with_gelu_in_place_of_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(top_k(160, 2, 8), 8, activation="gelu")
+    w1, w2 = with_main_grad(c)
+    scaling = WeightScaling()
+    for w in (*w1, *w2):
+        scaling.track(w)  # type: ignore[arg-type]
+    x, prob = c.x.clone().requires_grad_(), c.prob.clone().requires_grad_()
+    with watched(monkeypatch, large=160 * 2) as (calls, movements):
+        moe_experts(x, c.index, prob, w1, w2, recipe=FLOW, activation="gelu").backward(c.dy)
+    assert dict(calls) == GELU_CALLS
+    assert movements.seen == []
+
+
+@pytest.mark.parametrize(("saved", "bytes_of"), [("h", 1), ("activation", 2), ("input", 0)])
+def test_bytes_kept_for_backward(saved: str, bytes_of: int) -> None:
+    """Payloads of F bytes a row beside the tokens as they arrived: fc1's output, and the activation's."""
+    kept: dict[int, int] = {}
+    c = case(top_k(256, 2, 4), 4, activation="gelu")
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.dtype == torch.float8_e4m3fn:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    w1, w2 = leaves(c)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        moe_experts(c.x, c.index, c.prob, w1, w2, recipe=from_name(f"fp8_flow_moe:moe_saved={saved}"), activation="gelu")
+    rows = (sum(kept.values()) - 256 * H) / F
+    assert rows == bytes_of * rows_of(c) and rows_of(c) >= 512
+
+
+def rows_of(c) -> int:
+    """Rows of the grouped buffer: as many as the groups may take at most, each a multiple of 128."""
+    from fp8_recipes import ops
+
+    return ops.rows_for(c.index.numel(), len(c.w1))
+
+
+@pytest.mark.parametrize("top_k_", [1, 2, 8])
+def test_module_with_router_and_shared_experts(top_k_: int) -> None:
+    """Router's gradient through prob, and the shared experts' GeLU, beside float64."""
+    torch.manual_seed(0)
+    layer = MoE(H, F, 8, top_k_, activation="gelu", shared_ffn=64, normalize=False, dtype=torch.bfloat16)
+    assert layer.shared is not None and {n for n, _ in layer.shared.named_parameters()} == {"up.weight", "down.weight"}
+    assert layer.w1[0].shape == (F, H) and "activation=gelu" in repr(layer)
+    for w in (*layer.w1, *layer.w2, *layer.shared.parameters()):
+        torch.nn.init.normal_(w, std=w.shape[1] ** -0.5)
+    torch.nn.init.normal_(layer.router.weight, std=0.1)
+    x, dy = normal(4, 40, H, seed=1).bfloat16().requires_grad_(), normal(4, 40, H, seed=2).bfloat16()
+    layer(x).backward(dy)
+    index = layer.router(x.detach().view(-1, H))[0]
+    xd, router = x.detach().double().view(-1, H).requires_grad_(), layer.router.weight.detach().double().requires_grad_()
+    w1, w2 = ([w.detach().double() for w in ws] for ws in (layer.w1, layer.w2))
+    up, down = (layer.shared.first.weight.detach().double(), layer.shared.down.weight.detach().double())
+    routed = plain_experts(xd, index, (xd @ router.t()).softmax(1).gather(1, index.long()), w1, w2, GELU)
+    want = routed + torch.nn.functional.gelu(xd @ up.t()) @ down.t()
+    want.backward(dy.double().view(-1, H))
+    assert_snr(router.grad, layer.router.weight.grad, floor("dprob", activation="gelu") - 2, "router")  # type: ignore[arg-type]
+    assert_snr(xd.grad, x.grad.view(-1, H), floor("dx", activation="gelu") - 1, "x")  # type: ignore[arg-type, union-attr]
+
+
+def test_shared_experts_are_the_fused_ffn() -> None:
+    layer = MoE(H, F, 4, 2, activation="gelu", shared_ffn=64, dtype=torch.bfloat16)
+    assert layer.shared is not None
+    x = normal(32, H, seed=3).bfloat16()
+    assert torch.equal(layer.shared(x), fp8_mlp(x, layer.shared.first.weight, layer.shared.down.weight, recipe=from_name("moss")))
+
+
+def test_bad_input_is_named() -> None:
+    c = case(top_k(32, 2, 4), 4, activation="gelu")
+    for recipe in ("fp8_flow_moe", "bf16"):
+        with pytest.raises(ValueError, match=r"activation='xielu' is none of the experts'; use swiglu or gelu"):
+            moe_experts(c.x, c.index, c.prob, c.w1, c.w2, recipe=from_name(recipe), activation="xielu")
+    with pytest.raises(ValueError, match=r"activation='swiglu', w1 must be \[2F, H\] and w2 \[H, F\] per expert; got \(96, 128\) and \(128, 96\)"):
+        moe_experts(c.x, c.index, c.prob, c.w1, c.w2, recipe=FLOW)
+    gated = case(top_k(32, 2, 4), 4)
+    with pytest.raises(ValueError, match=r"activation='gelu', w1 must be \[F, H\] and w2 \[H, F\] per expert; got \(192, 128\) and \(128, 96\)"):
+        moe_experts(c.x, c.index, c.prob, gated.w1, gated.w2, recipe=FLOW, activation="gelu")
+    with pytest.raises(ValueError, match="activation='relu'"):
+        MoE(H, F, 4, 2, activation="relu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("shape", [(300, 2, 8, 256, 192), (512, 8, 64, 512, 384), (7, 2, 16, 256, 96), (200, 1, 4, 1024, 2112)])
+def test_gpu_values_and_gradients(shape: tuple[int, ...], saved: str) -> None:
+    tokens, k, experts, hidden, ffn = shape
+    index = top_k(tokens, k, experts)
+    index[::9, 0] = -1
+    c = case(index, experts, hidden=hidden, ffn=ffn, activation="gelu").to("cuda")
+    run = gelu(f"fp8_flow_moe:moe_saved={saved}")
+    got = results(c, run)
+    check(c, got, saved, per_expert=6.0)
+    assert all(torch.equal(a, b) for a, b in zip(got.values(), results(c, run).values(), strict=True)), "two runs, the same bits"
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_with_the_reference() -> None:
+    c = case(top_k(200, 2, 8), 8, hidden=256, ffn=192, activation="gelu")
+    want, got = results(c, gelu()), results(c.to("cuda"), gelu())
+    for name in want:  # as for SwiGLU: the accumulator's 14 bits, and here the fitted tail
+        assert_snr(want[name], got[name].cpu(), 31.0, name)
