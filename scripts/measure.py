@@ -138,6 +138,8 @@ def command_line(command: str, out: Path) -> str:
 
 def run_part(part: Part, work: Path, until: float) -> str | None:
     """None if it ended with 0, else what went wrong."""
+    if time.monotonic() >= until:
+        return "not started, no time was left"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -241,14 +243,17 @@ def main(argv: list[str] | None = None) -> int:
     for part in parts:
         began, work = time.monotonic(), (args.work / part.name).resolve()
         print(f"start {part.name} (about {part.minutes} minutes), log in {work / 'log'}", flush=True)
-        wrong = run_part(part, work, until)
+        wrong, files = run_part(part, work, until), list[str]()
         seconds = time.monotonic() - began
+        try:
+            files = [] if wrong else keep(part, work, args.out)
+        except (OSError, LookupError, ValueError) as error:
+            wrong = f"its output gives no table ({error!r})"
         if wrong:
             failed.append(part.name)
-            tail = (work / "log").read_text(errors="replace").splitlines()[-25:]
+            tail = (work / "log").read_text(errors="replace").splitlines()[-25:] if (work / "log").exists() else []
             print("\n".join([*(f"    {line[:200]}" for line in tail), f"FAIL {part.name}, {seconds:.0f} s: {wrong}"]), flush=True)
             continue
-        files = keep(part, work, args.out)
         (args.out / f"{part.name}.provenance.json").write_text(json.dumps(provenance(part, code, gpus, seconds, files), indent=1) + "\n")
         print(f"done {part.name}, {seconds:.0f} s: {', '.join(files)} in {args.out}", flush=True)
     return 1 if failed else 0
