@@ -128,13 +128,24 @@ def test_a_part_that_ends_well_leaves_tables_and_where_they_come_from(part, caps
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), [("echo first; echo broken; exit 3", "ended with status 3"), ("echo broken; sleep 60", "cut off by the time limit")]
+    ("command", "words"),
+    [
+        ("echo first; echo broken; exit 3", "ended with status 3"),
+        ("echo broken; sleep 60", "cut off by the time limit"),
+        ("echo broken", "its output gives no table"),
+        ("echo broken; echo ms,other > OUT/x.csv; echo 1,2 >> OUT/x.csv", "its output gives no table (KeyError('recipe'))"),
+    ],
 )
-def test_a_part_that_fails_leaves_no_table_and_shows_its_log(part, capsys, command, words):
+def test_a_part_that_fails_shows_its_log_and_has_no_provenance(part, capsys, command, words):
     status, out = part(command, "--limit", "1.5")
     said = capsys.readouterr().out
     assert status == 1 and words in said and "    broken" in said
-    assert not out.exists()
+    assert not (out / "one.provenance.json").exists() and not (out / "y.csv").exists()
+
+
+def test_a_part_for_which_no_time_is_left_is_not_started(part, capsys):
+    assert part("echo broken", "--limit", "0")[0] == 1
+    assert "not started, no time was left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
