@@ -34,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "moe": ("none", "flow"),
     "moe_saved": ("activation", "h", "input"),
     "attention": ("bf16", "fp8"),
+    "head": ("bf16", "fp8"),
     "stock": ("", "delayed"),
 }
 
@@ -55,8 +56,8 @@ class Recipe:
     global_scale: of micro granularity: "unit" (1.0, one read) or "measured" (MOSS as published, two reads; needs fold="none").
     weight_scale: "predicted" (automatic weight scaling) or "measured" (amax of the weight at every use).
     interval: steps between true measurements of a predicted scale.
-    promote: longest sum along K, in elements, that wgrad may make in Hopper's 14-bit FP8 accumulator before it is promoted to FP32; 0 = no limit. Products
-        with more tokens run on the library's split accumulator, which promotes far more often.
+    promote: longest sum along K, in elements, that wgrad (and the LM head's dgrad) may make in Hopper's 14-bit FP8 accumulator before it is promoted to FP32;
+        0 = no limit. Longer sums run on the library's split accumulator, which promotes far more often.
     weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
     quantize: False leaves every product in bf16.
     moe: "flow" runs a mixture-of-experts layer as one FP8 dataflow from dispatch to combine (`nn.moe`); "none" leaves it to whoever owns the layer.
@@ -66,6 +67,7 @@ class Recipe:
     dense: name of the recipe that every other layer of the model runs; empty = this one.
     attention: "fp8" runs QK^T and PV, forward and backward, in TransformerEngine's FP8 attention (cuDNN) with delayed scaling of Q, K, V, S, O and their
         gradients; E4M3 forward, E5M2 backward. "bf16" leaves attention alone.
+    head: "fp8" runs the products of Megatron's output layer (the LM head) as `head_recipe` says; "bf16" leaves them alone.
     stock: "delayed" leaves the linear layers to TransformerEngine's delayed scaling (of the last 1024 maxima, per tensor), in the formats of `weight` and
         `grad`; empty = this package's quantisation.
     """
@@ -89,6 +91,7 @@ class Recipe:
     moe_saved: str = "h"
     dense: str = ""
     attention: str = "bf16"
+    head: str = "bf16"
     stock: str = ""
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r}: weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor")
         self._check_moe()
         self._check_stock()
+        self._check_head()
 
     def _check_stock(self) -> None:
         if self.attention == "fp8" and not self.quantize:
@@ -123,6 +127,13 @@ class Recipe:
                     f"recipe {self.name!r}: {f.name}={getattr(self, f.name)} belongs to this package's quantisation, and stock={self.stock} leaves the linear "
                     "layers to TransformerEngine's; drop it, or use a recipe of this package with attention=fp8 (moss:attention=fp8)"
                 )
+
+    def _check_head(self) -> None:
+        if self.head == "fp8" and not self.dense_recipe.quantize:
+            value = f"dense={self.dense}" if self.dense else "quantize=false"
+            raise RecipeError(f"recipe {self.name!r}: head=fp8 takes the other layers' quantisation, and {value} has none; use moss:head=fp8, or head=bf16")
+        if self.head == "fp8" and self.dense_recipe.weight_cache != "none":
+            raise RecipeError(f"recipe {self.name!r}: weight_cache={self.weight_cache} is not kept for the LM head; use weight_cache=none, or head=bf16")
 
     def _check_moe(self) -> None:
         if self.moe == "flow":
@@ -141,6 +152,12 @@ class Recipe:
     def dense_recipe(self) -> Recipe:
         """What every layer outside the experts runs, with this recipe's interval: one optimizer has one clock for its predicted scales."""
         return RECIPES[self.dense].with_overrides(interval=self.interval) if self.dense else self
+
+    @property
+    def head_recipe(self) -> Recipe | None:
+        """What the LM head runs, None where it stays in bf16: the other layers' recipe with gradients in E5M2. Most of a softmax's gradient lies below E4M3's
+        range under the scale of its largest entry, and the rows of rare tokens would miss it (docs/recipes.md)."""
+        return self.dense_recipe.with_overrides(head="bf16", grad="e5m2") if self.head == "fp8" else None
 
     @property
     def activation_format(self) -> Format:

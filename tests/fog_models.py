@@ -72,8 +72,8 @@ def config_of(architecture: Architecture, **changes):
     return TransformerConfig(**given | changes)
 
 
-def build(architecture: Architecture, first: bool = True, last: bool = True, **changes):
-    """GPTModel; ``first``, ``last``: is this stage the pipeline's first, its last?"""
+def build(architecture: Architecture, first: bool = True, last: bool = True, tied: bool = False, vocab: int = VOCAB, **changes):
+    """GPTModel; ``first``, ``last``: is this stage the pipeline's first, its last? tied: does the output layer share the embedding's weight?"""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -84,10 +84,10 @@ def build(architecture: Architecture, first: bool = True, last: bool = True, **c
         model = GPTModel(
             config=config,
             transformer_layer_spec=fog.block_spec(architecture, config),
-            vocab_size=VOCAB,
+            vocab_size=vocab,
             max_sequence_length=SEQ,
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=tied,
             pre_process=first,
             post_process=last,
         )

@@ -43,6 +43,14 @@ def test_dense_recipe_shares_the_clock() -> None:
     assert alone.dense_recipe is alone
 
 
+def test_head_runs_what_the_other_layers_run_with_e5m2_gradients() -> None:
+    assert all(recipe.head_recipe is None for recipe in RECIPES.values())
+    assert from_name("moss:head=fp8,interval=7").head_recipe == from_name("moss:interval=7,grad=e5m2")
+    assert from_name("fp8_flow_moe:head=fp8,interval=7,weight_cache=row").head_recipe == from_name("moss:interval=7,grad=e5m2")
+    assert from_name("fp8_flow_moe:head=fp8,dense=row").head_recipe == from_name("row:grad=e5m2")
+    assert from_name("moss:attention=fp8,head=fp8").attention == "fp8"
+
+
 def test_overrides_are_typed() -> None:
     recipe = from_name("moss:interval=200,grad=e5m2, promote = 0 ,quantize=true")
     assert (recipe.interval, recipe.promote, recipe.quantize) == (200, 0, True)
@@ -86,6 +94,11 @@ def test_overrides_are_typed() -> None:
         ("bf16:attention=fp8", r"attention=fp8 runs inside an FP8 recipe; use quantize=true, or attention=bf16"),
         ("fp8_flow_moe:attention=fp8", r"attention=fp8 was not tried with experts"),
         ("fog:interval=200", r"interval=200 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
+        ("moss:head=fp16", r"head='fp16' is not one of bf16, fp8 \(did you mean"),
+        ("bf16:head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use moss:head=fp8, or head=bf16"),
+        ("fp8_flow_moe:dense=bf16,head=fp8", r"head=fp8 takes the other layers' quantisation, and dense=bf16 has none"),
+        ("fog:head=fp8", r"head=fp8 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
+        ("moss:head=fp8,weight_cache=row", r"weight_cache=row is not kept for the LM head; use weight_cache=none, or head=bf16"),
         ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
         ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),
         ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),

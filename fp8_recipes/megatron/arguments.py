@@ -39,6 +39,12 @@ def resolve(spec: str) -> Recipe:
     return recipes.from_name(spec)
 
 
+@cache
+def layers_recipe(spec: str) -> Recipe:
+    """What every layer outside the experts and the LM head runs."""
+    return resolve(spec).dense_recipe.with_overrides(head="bf16")
+
+
 def is_ours(spec: str | None) -> bool:
     """Is this value of --fp8-recipe one of ours (as opposed to Megatron's own)?"""
     return spec is not None and str(getattr(spec, "value", spec)) not in STOCK
@@ -128,7 +134,7 @@ def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str
     if args.fp8 is None:
         args.fp8 = "e4m3"
     elif args.fp8 == "hybrid" and "grad=" not in spec and resolve(spec).grad != "e5m2":
-        args.fp8_recipe = f"{spec},grad=e5m2" if ":" in spec else f"{spec}:grad=e5m2"
+        args.fp8_recipe = _with_override(spec, "grad=e5m2")
         where = "experts' gradients" if resolve(spec).dense else "gradients"
         return [f"--fp8-format hybrid: {where} in E5M2 ({args.fp8_recipe}); leave the flag out for this recipe's own formats"]
     return []
@@ -139,7 +145,7 @@ def validate(args: argparse.Namespace) -> list[str]:
     if in_force(args) is None:
         return []
     experts = moe_arguments.refused(args) if is_flow(args.fp8_recipe) else []
-    return _refused_flags(args) + experts + _refused_optimizer(args) + _misaligned(args)
+    return _refused_flags(args) + experts + _refused_head(args) + _refused_optimizer(args) + _misaligned(args)
 
 
 def _refused_flags(args: argparse.Namespace) -> list[str]:
@@ -155,7 +161,7 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
         ),
         (args.fp8_param_gather, "--fp8-param-gather: parameters stay bf16 here (FP8 copies of weights are transient); drop the flag"),
         (getattr(args, "fp4", None) is not None, f"--fp4-format {getattr(args, 'fp4', None)}: exclusive with an FP8 recipe; drop one of them"),
-        (getattr(args, "fp8_output_proj", False), "--fp8-output-proj: the LM head runs in bf16 here (upstream offers it for mxfp8 only); drop the flag"),
+        (getattr(args, "fp8_output_proj", False), f"--fp8-output-proj: Megatron's, for mxfp8; drop it and use --fp8-recipe {_with_override(spec, 'head=fp8')}"),
         (not getattr(args, "fp8_wgrad", True), f"--no-fp8-wgrad: an option of delayed scaling; {spec} has no bf16 wgrad. Drop the flag"),
         (getattr(args, "fp8_quantizer_factory", None) is not None, f"--fp8-quantizer-factory: belongs to --fp8-recipe custom, not to {spec}; drop one of them"),
         (args.tp_comm_overlap, "--tp-comm-overlap: TransformerEngine's userbuffers take no custom quantizers; drop the flag"),
@@ -179,6 +185,41 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
     return [message for wrong, message in rules if wrong]
 
 
+def _refused_head(args: argparse.Namespace) -> list[str]:
+    """Problems of an LM head in FP8 (`head`)."""
+    if resolve(args.fp8_recipe).head_recipe is None:
+        return []
+    rows = vocabulary_rows(args)
+    rules = [
+        (
+            getattr(args, "defer_embedding_wgrad_compute", False),
+            "--defer-embedding-wgrad-compute: it keeps the head's operands in bf16 for a later product; drop the flag, or use head=bf16",
+        ),
+        (args.mtp_num_layers, f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction shares the head, which was not tried in FP8; use head=bf16"),
+        (getattr(args, "hybrid_layer_pattern", None), "--hybrid-layer-pattern: head=fp8 is for Megatron's GPTModel; use head=bf16"),
+        (
+            rows is not None and rows % ALIGNMENT,
+            f"{rows} rows of the vocabulary on each of {args.tensor_model_parallel_size} ranks: the head's FP8 products need a multiple of {ALIGNMENT}; "
+            f"use --make-vocab-size-divisible-by {ALIGNMENT} or a multiple of it, or head=bf16",
+        ),
+    ]
+    return [message for wrong, message in rules if wrong]
+
+
+def vocabulary_rows(args: argparse.Namespace) -> int | None:
+    """Rows of the LM head on one rank, padded as Megatron will; None where only the tokenizer knows (`head.install` checks the layer itself)."""
+    tp = args.tensor_model_parallel_size
+    multiple = args.make_vocab_size_divisible_by * tp
+    size, padded = getattr(args, "vocab_size", None), getattr(args, "padded_vocab_size", None)
+    if padded is None and size is not None:
+        padded = -(-size // multiple) * multiple
+    return None if padded is None else padded // tp
+
+
+def _with_override(spec: str, override: str) -> str:
+    return f"{spec}{',' if ':' in spec else ':'}{override}"
+
+
 def _refused_optimizer(args: argparse.Namespace) -> list[str]:
     recipe = resolve(args.fp8_recipe)
     if "predicted" not in (recipe.weight_scale, recipe.dense_recipe.weight_scale) or getattr(args, "optimizer", "adam") != "adam":
@@ -186,8 +227,7 @@ def _refused_optimizer(args: argparse.Namespace) -> list[str]:
     try:
         adam_update_bound(args.adam_beta1, args.adam_beta2)
     except ValueError as error:
-        name = args.fp8_recipe
-        return [f"--adam-beta1 {args.adam_beta1} --adam-beta2 {args.adam_beta2}: {error}: {name}{',' if ':' in name else ':'}weight_scale=measured"]
+        return [f"--adam-beta1 {args.adam_beta1} --adam-beta2 {args.adam_beta2}: {error}: {_with_override(args.fp8_recipe, 'weight_scale=measured')}"]
     return []
 
 

@@ -100,10 +100,14 @@ def _group(group: Any) -> Any:
 
 
 def observe_quantised(chunks: list[torch.nn.Module], hooks: MonitorHooks) -> None:
-    """Report every quantised tensor of the layers: TransformerEngine's modules, the fused MLP, and once a step the weights under predicted scales."""
+    """Report every quantised tensor: TransformerEngine's modules, the fused MLP, the LM head, and once a step the weights under predicted scales."""
     from ..te.observe import observe_modules
+    from .head import OutputLayer
 
     predicted: list[tuple[str, Any]] = []
+    for module in (module for chunk in chunks for module in chunk.modules() if isinstance(module, OutputLayer)):
+        module.fp8_observer = functools.partial(hooks.observe, "output_layer")
+        predicted += [("output_layer.weight", p) for p in module.parameters(recurse=False) if hasattr(p, ATTRIBUTE)]
     for name, layer in layers_of(chunks):
         named = [(f"{name}.{path}", module) for path, module in layer.named_modules() if path]
         observe_modules(named, hooks)

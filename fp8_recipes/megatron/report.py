@@ -81,6 +81,8 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
     """(name without layer number, weight shape, precision, global layer number or -1) of every module that multiplies or normalises."""
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
 
+    from .head import OutputLayer
+
     attention = "FP8 (attention)" if arguments.fp8_attention(args) else "bf16 (attention)"
     found: list[tuple[str, str, str, int]] = []
     layers: dict[str, int] = {}
@@ -96,6 +98,9 @@ def _modules(args: Any, chunk: torch.nn.Module) -> list[tuple[str, str, str, int
             found.append((name, _shape(matrix), _precision(args, module, owner), owner))
         elif isinstance(module, GroupedLinear):
             found.append((name, f"{module.num_gemms} of {_shape(matrix)}", _precision(args, module, owner, experts=True), owner))
+        elif isinstance(module, OutputLayer):
+            name = name if matrix else f"{name} (weight of the embedding)"
+            found.append((name, _shape((module.output_size_per_partition, module.input_size)), f"FP8 {module.recipe.name}, dy {module.recipe.grad}", owner))
         elif matrix is not None:
             router = path.endswith(".router") and getattr(args, "moe_router_dtype", None)
             found.append((name, _shape(matrix), f"bf16, products in {router}" if router else "bf16", owner))

@@ -75,10 +75,12 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
 
 
 def _start_scaling(args: Any, chunks: list[Any], optimizer: Any, specs: list[str]) -> WeightScaling | None:
+    from . import head
     from .shims import refuse_wrong_device
 
     if torch.cuda.is_available():
         refuse_wrong_device()
+    head.check(args, chunks)
     if is_rank_0():
         print(report.precision_table(args, chunks), flush=True)
     recipes = [arguments.resolve(spec) for spec in specs]
@@ -119,7 +121,7 @@ def _values_of(key: str, tree: Any) -> Iterator[str]:
 
 
 def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, dense: bool = True, experts: bool = False) -> WeightScaling:
-    """Put TransformerEngine's linear weights in the model's chunks under one clock, driven by all inner optimizers of Megatron's ``optimizer``.
+    """Put TransformerEngine's linear weights in the model's chunks, and an FP8 head's, under one clock, driven by all inner optimizers of ``optimizer``.
 
     dense, experts: those of the dense linears; those of the grouped ones, one scale per expert.
     """
@@ -136,12 +138,15 @@ def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, dense: 
 
 
 def fp8_weights(model: torch.nn.Module, dense: bool = True, experts: bool = False) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """(weight, process group) of TransformerEngine's dense linears and of its grouped ones, as asked.
+    """(weight, process group) of TransformerEngine's dense linears and of its grouped ones, as asked, and of an FP8 LM head under a predicted scale.
 
     The group is that of the tensor-parallel ranks that hold the other shards, None if unsharded; an expert's weight is whole on one rank.
     """
     from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
 
+    from . import head
+
+    yield from head.predicted_weights(model)
     for module in model.modules():
         if experts and isinstance(module, GroupedLinear):
             yield from ((parameter, None) for parameter in module.parameters(recurse=False) if parameter.dim() == 2)

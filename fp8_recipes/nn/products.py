@@ -103,10 +103,11 @@ def fprop(x: ScaledTensor, weight: Weight, *, bias: torch.Tensor | None = None, 
     return product(x, weight.row(), bias=bias, out_dtype=out_dtype)
 
 
-def dgrad(dy: ScaledTensor, weight: Weight, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """``dx = dy w`` [T, K]."""
-    product = ops.gemm if weight.recipe.folded else ops.gemm_exact
-    return product(dy, weight.transposed(), out_dtype=out_dtype)
+def dgrad(dy: ScaledTensor, weight: Weight, *, out_dtype: torch.dtype = torch.bfloat16, promote: int = 0) -> torch.Tensor:
+    """``dx = dy w`` [T, K]. promote: longest sum over N in the fast accumulator, 0 = no limit."""
+    if not weight.recipe.folded:
+        return ops.gemm_exact(dy, weight.transposed(), out_dtype=out_dtype)
+    return ops.gemm(dy, weight.transposed(), out_dtype=out_dtype, promote=promote)
 
 
 def wgrad(

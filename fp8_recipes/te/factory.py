@@ -68,6 +68,8 @@ def build(spec: str | Recipe) -> FP8Recipe | DelayedScaling:
 def _build(value: Recipe) -> FP8Recipe | DelayedScaling:
     if not value.quantize:
         raise RecipeError(f"recipe {value.name!r} quantises nothing: run without te.autocast instead")
+    if value.head != "bf16":
+        raise RecipeError(f"recipe {value.name!r}: head={value.head} is Megatron's to run, TransformerEngine has no LM head; use head=bf16 here")
     fp8_attention, hybrid = value.attention == "fp8", value.grad == "e5m2"
     if value.stock:
         return DelayedScaling(

@@ -335,6 +335,11 @@ def test_gpu_refuses_unaligned_extents_before_any_kernel() -> None:
         fp8_linear(torch.ones(2, 20, 64, device="cuda", dtype=torch.bfloat16), w, recipe=from_name("moss"))
 
 
+def test_head_of_a_whole_model_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"head=fp8 is Megatron's to run; use head=bf16, and for the head a Linear with recipe.head_recipe"):
+        Linear(K, N, recipe="moss:head=fp8")(torch.zeros(16, K))
+
+
 @pytest.mark.parametrize("name", ["fog", "moss:attention=fp8"])
 def test_what_only_transformer_engine_can_run_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=r"TransformerEngine's and Megatron's to run; in plain torch use .* moss"):
