@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,22 @@ def configure(monkeypatch):
     yield run
     unset_global_variables()
     unset_num_microbatches_calculator()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small text dataset, for the trainings of one module."""
+    from fp8_recipes import data
+
+    path = tmp_path_factory.mktemp("training")
+    data.build_from_roots(path / "text", data.default_roots(), max_mb=4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(workspace: Path, request: pytest.FixtureRequest):
+    """The module's `megatron_runs.Trainings`, from its MODEL, FLAGS and ENVIRONMENT."""
+    from megatron_runs import Trainings
+
+    module = request.module
+    return Trainings(workspace, module.MODEL, getattr(module, "FLAGS", ""), getattr(module, "ENVIRONMENT", {}))

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from fp8_recipes.megatron.parse_log import read_losses  # noqa: E402
+from megatron_runs import assert_near, assert_within, one_gpu, resume, two_gpus  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
-TOLERANCE = 0.02
-"""Relative difference of a tiny model's loss from bf16's at the same step."""
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-one_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 1, reason="no GPU")]
-two_gpus = [pytest.mark.multi_gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs")]
+MODEL = "fog_tiny"
+ENVIRONMENT = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"}
+"""TransformerEngine logs the attention that it takes."""
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """Directory with a small text dataset."""
-    from fp8_recipes import data
-
-    path = tmp_path_factory.mktemp("fog")
-    data.build_from_roots(path / "text", data.default_roots(), max_mb=4)
-    return path
-
-
-@pytest.fixture(scope="module")
-def train(workspace):
-    """train("moss", "--fog max", gpus=1, model="fog_tiny") -> (losses by step, text log); a run that was made already is not repeated."""
-    done: dict[tuple[str, str, int, str], tuple[dict[int, float], str]] = {}
-
-    def run(recipe: str, flags: str = "", gpus: int = 1, model: str = "fog_tiny"):
-        key = (recipe, flags, gpus, model)
-        if key not in done:
-            log = workspace / f"{len(done)}.jsonl"
-            command = [ROOT / "scripts" / "launch.sh", "--model", model, "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", log]
-            command += ["--data", workspace / "text", "--", "--data-cache-path", workspace / "cache", *flags.split()]
-            result = subprocess.run(
-                [str(part) for part in command],
-                env=os.environ | {"PYTHON": sys.executable, "NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"},  # TransformerEngine logs the attention that it takes
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-            assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-            done[key] = (read_losses(log), result.stdout + result.stderr)
-        return done[key]
-
-    return run
-
-
-def assert_near(losses, reference):
-    assert sorted(losses) == sorted(reference) == list(range(1, STEPS + 1))
-    for step, expected in reference.items():
-        assert losses[step] == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
-    assert losses[STEPS] < 0.9 * losses[1], "the model does not learn"
 
 
 class TestOneGpu:
@@ -88,9 +36,7 @@ class TestOneGpu:
     @pytest.mark.parametrize(("recipe", "flags"), [("fog", FULL), ("moss", FULL), ("moss:attention=fp8", "--no-gradient-accumulation-fusion")])
     def test_option_changes_no_more_than_rounding(self, train, recipe, flags):
         losses, _ = train(recipe, f"--fog max {flags}")
-        reference, _ = train(recipe, "--fog max")
-        for step, expected in reference.items():
-            assert losses[step] == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
+        assert_within(losses, train(recipe, "--fog max")[0])
 
     @pytest.mark.parametrize("recipe", ["fog", "moss:attention=fp8"])
     def test_fp8_attention_is_run_and_not_only_announced(self, train, recipe):
@@ -104,11 +50,7 @@ class TestOneGpu:
         assert fp8 not in train("moss", "--fog flash")[1]
 
     def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
-        env = os.environ | {"PYTHON": sys.executable, "DATA": str(workspace / "text"), "MODEL": "fog_tiny", "EXTRA": "--fog max"}
-        command = [str(ROOT / "scripts" / "resume_megatron.sh"), str(workspace / "resume"), "moss"]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-        assert "10 steps (11 to 20) equal bit for bit" in result.stdout
+        resume(workspace / "resume", "moss", MODEL=MODEL, EXTRA="--fog max")
 
 
 class TestTwoGpus:

@@ -5,70 +5,29 @@ Each run is its own process, as users start it.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from fp8_recipes.megatron.parse_log import read_losses  # noqa: E402
+from megatron_runs import STEPS, assert_near, one_gpu, resume, two_gpus  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
-TOLERANCE = 0.02
-"""Relative difference of a tiny model's loss from bf16's at the same step: 12 steps from the same weights, so the runs have not drifted apart."""
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+MODEL = "moe_tiny"
+FLAGS = "--ckpt-format torch_dist"
 FLOW = "local experts as one FP8 function from router to combined output"
-
-one_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 1, reason="no GPU")]
-two_gpus = [pytest.mark.multi_gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs")]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """Directory with a small text dataset."""
-    from fp8_recipes import data
-
-    path = tmp_path_factory.mktemp("megatron_moe")
-    data.build_from_roots(path / "text", data.default_roots(), max_mb=4)
-    return path
-
-
-@pytest.fixture(scope="module")
-def train(workspace):
-    """train(recipe, "--flags", gpus=1) -> (losses by step, text log); a run that was made already is not repeated."""
-    done: dict[str, tuple[dict[int, float], str]] = {}
-
-    def run(recipe: str, flags: str = "", gpus: int = 1):
-        name = re.sub(r"[^A-Za-z0-9]+", "_", f"{recipe}{flags}_{gpus}")
-        if name not in done:
-            log = workspace / f"{name}.jsonl"
-            command = [ROOT / "scripts" / "launch.sh", "--model", "moe_tiny", "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", log]
-            command += ["--data", workspace / "text", "--", "--data-cache-path", workspace / "cache", "--ckpt-format", "torch_dist", *flags.split()]
-            environment = os.environ | {"PYTHON": sys.executable}
-            result = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=600, check=False)
-            assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-            done[name] = (read_losses(log), result.stdout)
-        return done[name]
-
-    return run
-
-
-def assert_near(losses: dict[int, float], reference: dict[int, float]) -> None:
-    assert sorted(losses) == sorted(reference) == list(range(1, STEPS + 1))
-    for step, expected in reference.items():
-        assert losses[step] == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
-    assert losses[STEPS] < 0.9 * losses[1], "the model does not learn"
-    assert losses != reference, "equal to the last bit: FP8 cannot have run"
 
 
 def auxiliary(log: str, name: str) -> list[float]:
     """Values of one of the router's losses in Megatron's log, by step."""
     return [float(value) for value in re.findall(rf"{name}: ([0-9.E+-]+) \|", log)]
+
+
+def resume_experts(out: Path, **environment: str) -> None:
+    """From and into bf16 with Megatron's own MoE layer."""
+    resume(out, "fp8_flow_moe", MODEL=MODEL, **environment)
+    assert FLOW in (out / "resumed.log").read_text() and FLOW not in (out / "into_bf16.log").read_text()
 
 
 SHARED = "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256 --moe-router-topk 6 --moe-z-loss-coeff 1e-3"
@@ -122,17 +81,7 @@ class TestOneGpu:
         assert_near(losses, train("bf16")[0])
 
     def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
-        self.resume(workspace / "resume", {})
-
-    @staticmethod
-    def resume(out: Path, environment: dict[str, str]) -> None:
-        """Checkpoint at step 10: resumed bit for bit, into bf16 (Megatron's own MoE layer) and back."""
-        env = os.environ | {"PYTHON": sys.executable, "DATA": str(out.parent / "text"), "MODEL": "moe_tiny"} | environment
-        command = [str(ROOT / "scripts" / "resume_megatron.sh"), str(out), "fp8_flow_moe"]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-        assert "10 steps (11 to 20) equal bit for bit" in result.stdout
-        assert FLOW in (out / "resumed.log").read_text() and FLOW not in (out / "into_bf16.log").read_text()
+        resume_experts(workspace / "resume")
 
 
 EXPERTS_2 = "--expert-model-parallel-size 2"
@@ -170,4 +119,4 @@ class TestTwoGpus:
         assert split[7] == pytest.approx(whole[7], rel=1e-3)
 
     def test_resume_with_expert_parallelism(self, workspace):
-        TestOneGpu.resume(workspace / "resume_ep", {"GPUS": "2", "EXTRA": EXPERTS_2})
+        resume_experts(workspace / "resume_ep", GPUS="2", EXTRA=EXPERTS_2)

@@ -1,0 +1,81 @@
+"""Trainings of tiny models through scripts/launch.sh, each its own process as users start it: what the tests of Megatron training on a GPU share.
+
+The fixtures `workspace` and `train` are in tests/megatron/conftest.py. A module that takes `train` says MODEL, and may say FLAGS and ENVIRONMENT of every run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8_recipes.megatron.parse_log import read_losses
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+TOLERANCE = 0.02
+"""Relative difference of a tiny model's loss from bf16's at the same step: 12 steps from the same weights, so the runs have not drifted apart."""
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+Losses = dict[int, float]
+
+one_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 1, reason="no GPU")]
+two_gpus = [pytest.mark.multi_gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs")]
+
+
+def finished(command: list[object], environment: Mapping[str, str], timeout: float) -> str:
+    """Output of a script that must end with 0; otherwise the end of what it printed is the message."""
+    env = os.environ | {"PYTHON": sys.executable} | dict(environment)
+    result = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    return result.stdout + result.stderr
+
+
+@dataclass
+class Trainings:
+    """trainings("moss", "--flags", gpus=1, model=None) -> (losses by step, text log). A run that was made already is not repeated: the same object comes back.
+
+    workspace: folder with a dataset "text". flags and environment are those of every run.
+    """
+
+    workspace: Path
+    model: str
+    flags: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    done: dict[tuple[str, str, int, str], tuple[Losses, str]] = field(default_factory=dict)
+
+    def __call__(self, recipe: str, flags: str = "", gpus: int = 1, model: str | None = None) -> tuple[Losses, str]:
+        key = (recipe, " ".join(flags.split()), gpus, model or self.model)
+        if key not in self.done:
+            log = self.workspace / f"{len(self.done)}.jsonl"
+            command: list[object] = [ROOT / "scripts" / "launch.sh", "--model", key[3], "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", log]
+            command += ["--data", self.workspace / "text", "--", "--data-cache-path", self.workspace / "cache", *self.flags.split(), *flags.split()]
+            log.unlink(missing_ok=True)  # of a run that failed: a log is appended to
+            text = finished(command, self.environment, timeout=600)
+            self.done[key] = read_losses(log), text
+        return self.done[key]
+
+
+def assert_within(losses: Losses, reference: Losses) -> None:
+    """The same steps, each loss near the reference's."""
+    assert sorted(losses) == sorted(reference) == list(range(1, STEPS + 1))
+    for step, expected in reference.items():
+        assert losses[step] == pytest.approx(expected, rel=TOLERANCE), f"step {step}"
+
+
+def assert_near(losses: Losses, reference: Losses) -> None:
+    """Near a reference that is another run, and learning."""
+    assert_within(losses, reference)
+    assert losses[STEPS] < 0.9 * losses[1], "the model does not learn"
+    assert losses is reference or losses != reference, "equal to the last bit: FP8 cannot have run"
+
+
+def resume(out: Path, recipe: str, **environment: str) -> None:
+    """scripts/resume_megatron.sh on the dataset beside ``out``: a checkpoint at step 10 resumed bit for bit, loaded into bf16 and back."""
+    text = finished([ROOT / "scripts" / "resume_megatron.sh", out, recipe], {"DATA": str(out.parent / "text"), **environment}, timeout=1800)
+    assert "10 steps (11 to 20) equal bit for bit" in text
