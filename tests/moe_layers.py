@@ -114,17 +114,23 @@ def build(config, layer_number: int = 2, seed: int = 0):
 
 
 class StockExperts(torch.nn.Module):
-    """What TEGroupedMLP computes in bf16 (weighted SwiGLU between two products), with its parameters."""
+    """What TEGroupedMLP computes in bf16 (a weighted activation between two products), with its parameters."""
 
     def __init__(self, experts):
         super().__init__()
         self.experts = experts
 
+    def activation(self, h):
+        if not self.experts.config.gated_linear_unit:
+            return self.experts.config.activation_func(h)
+        gate, up = h.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
     def forward(self, hidden, tokens_per_expert, probs):
         sizes, parts = tokens_per_expert.tolist(), []
         for i, (h, p) in enumerate(zip(hidden.split(sizes), probs.split(sizes), strict=True)):
-            gate, up = (h @ getattr(self.experts.linear_fc1, f"weight{i}").t()).float().chunk(2, dim=-1)
-            act = (torch.nn.functional.silu(gate) * up * p[:, None].float()).to(h.dtype)
+            wide = (h @ getattr(self.experts.linear_fc1, f"weight{i}").t()).float()
+            act = (self.activation(wide) * p[:, None].float()).to(h.dtype)
             parts.append(act @ getattr(self.experts.linear_fc2, f"weight{i}").t())
         return torch.cat(parts), None
 

@@ -72,8 +72,8 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
         "--ffn-width-factor",
         type=float,
         default=None,
-        help=f"multiplies --ffn-hidden-size (default: {UNGATED_WIDTH} under --fog or --arch where the activation has no gate, so that the flag means the "
-        "width of a gated FFN with as many weights; 1 otherwise)",
+        help=f"multiplies --ffn-hidden-size, --moe-ffn-hidden-size and --moe-shared-expert-intermediate-size (default: {UNGATED_WIDTH} under --fog or --arch "
+        "where the activation has no gate, so that the flags mean the width of a gated FFN with as many weights; 1 otherwise)",
     )
 
 
@@ -127,12 +127,18 @@ def _widen(args: argparse.Namespace, architecture: Architecture) -> list[str]:
     factor = args.ffn_width_factor if args.ffn_width_factor is not None else UNGATED_WIDTH if named and not architecture.gated else 1.0
     if factor == 1.0:
         return []
-    width = args.ffn_hidden_size or int(4 * args.hidden_size * 2 / 3) // 64 * 64  # Megatron's default for a gated FFN
-    wide = width * factor
-    if not wide > 0 or wide != int(wide):
-        raise RecipeError(f"--ffn-width-factor {factor} times --ffn-hidden-size {width} is {wide}: the FFN's width must be a positive whole number")
-    args.ffn_hidden_size = int(wide)
-    return [f"FFN {int(wide)} wide = {factor} x --ffn-hidden-size {width} (--ffn-width-factor)"]
+    args.ffn_hidden_size = args.ffn_hidden_size or int(4 * args.hidden_size * 2 / 3) // 64 * 64  # Megatron's default for a gated FFN
+    notes = []
+    for name in ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        width = getattr(args, name)
+        if width is None:  # experts are then as wide as the dense FFN
+            continue
+        flag, wide = f"--{name.replace('_', '-')}", width * factor
+        if not wide > 0 or wide != int(wide):
+            raise RecipeError(f"--ffn-width-factor {factor} times {flag} {width} is {wide}: the FFN's width must be a positive whole number")
+        setattr(args, name, int(wide))
+        notes.append(f"FFN {int(wide)} wide = {factor} x {flag} {width} (--ffn-width-factor)")
+    return notes
 
 
 def _derived(args: argparse.Namespace, architecture: Architecture) -> list[str]:
@@ -168,8 +174,15 @@ def _norms(args: argparse.Namespace, architecture: Architecture, argv: list[str]
     ]
 
 
+_NOT_IN_EXPERTS = {
+    "xielu": "has a trained pair of numbers, which is not built for experts",
+    "smooth_swiglu": "has a factor per token behind the FFN, which is not built for experts",
+}
+
+
 def _activation(args: argparse.Namespace, architecture: Architecture) -> list[tuple[Any, str]]:
     name, activation = architecture.name, architecture.activation
+    not_in_experts = _NOT_IN_EXPERTS.get(activation)
     others = ("squared_relu", "quick_geglu", "openai_gelu")
     other = [f"--{flag.replace('_', '-')}" for flag in others if getattr(args, flag, False)]
     gate = f"{name} has activation={activation}, which has no gate; drop --swiglu, or use --arch llama3, olmo2 or smooth-swiglu"
@@ -186,8 +199,8 @@ def _activation(args: argparse.Namespace, architecture: Architecture) -> list[tu
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: smooth_swiglu's factor is a maximum over the whole FFN; use 1",
         ),
         (
-            args.num_experts and activation in ("xielu", "smooth_swiglu"),
-            f"--num-experts {args.num_experts}: experts with {activation} are not built here; use an architecture with gelu (--fog opt, --fog flash) or swiglu",
+            args.num_experts and not_in_experts,
+            f"--num-experts {args.num_experts}: {activation} {not_in_experts}; use an architecture with gelu (--fog opt, --fog flash) or swiglu",
         ),
     ]
 

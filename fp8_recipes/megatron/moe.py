@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..nn.activations import GELU, SWIGLU
 from ..nn.dispatch import AllToAll, Dispatcher, Local
 from ..nn.moe import moe_experts
 from ..nn.routing import chosen_experts
@@ -31,9 +32,11 @@ class LayerFlow:
     recipe: Recipe
     dispatcher: Dispatcher
     fc1: Sequence[torch.nn.Parameter]
-    """L parameters [2F, H]."""
+    """L parameters [2F, H], or [F, H] where the activation has no gate."""
     fc2: Sequence[torch.nn.Parameter]
     """L parameters [H, F]."""
+    activation: str
+    """As `nn.moe.moe_experts` takes it."""
     linears: tuple[Any, Any]
 
 
@@ -55,6 +58,16 @@ def stock_reason(layer: Any) -> str | None:
     return None
 
 
+def activation_of(config: Any) -> str | None:
+    """What the experts of this configuration compute, as `nn.moe.moe_experts` calls it, None if it is nothing that they can."""
+    if config.activation_func_clamp_value is not None or config.glu_linear_offset:
+        return None
+    if config.gated_linear_unit:
+        return SWIGLU.name if config.activation_func is torch.nn.functional.silu else None
+    exact = config.activation_func is torch.nn.functional.gelu and not config.use_te_activation_func  # TransformerEngine's is the tanh approximation
+    return GELU.name if exact else None
+
+
 def check(layer: Any) -> None:
     """Raise RecipeError if this layer is none that the flow can stand for: the last line behind `moe_arguments`, for models that no flag describes."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
@@ -65,8 +78,7 @@ def check(layer: Any) -> None:
     linears = grouped and type(experts.linear_fc1) is TEColumnParallelGroupedLinear and type(experts.linear_fc2) is TERowParallelGroupedLinear
     problems = (
         (not grouped or not linears, f"experts of {type(experts).__name__} are not Megatron's TEGroupedMLP (--moe-grouped-gemm)"),
-        (not (config.gated_linear_unit and config.activation_func is torch.nn.functional.silu), "the activation is not SwiGLU (--swiglu)"),
-        (config.activation_func_clamp_value is not None or config.glu_linear_offset, "a clamped or shifted SwiGLU"),
+        (activation_of(config) is None, "the activation is neither SwiGLU (--swiglu) nor exact GeLU without a gate"),
         (config.add_bias_linear, "linears with a bias (--disable-bias-linear)"),
         (config.moe_expert_capacity_factor is not None, "a capacity factor (drop and pad)"),
         (config.moe_latent_size, "latent projections (--moe-latent-size)"),
@@ -95,7 +107,8 @@ def describe(layer: Any) -> str:
     recipe = _with_recompute(arguments.resolve(str(layer.config.fp8_recipe)), layer.config)
     ranks = layer.ep_group.size()
     travel = f"FP8 dispatch over {ranks} ranks ({_dispatcher_name(layer.config)})" if ranks > 1 else "no dispatch (one rank)"
-    return f"{layer.num_local_experts} local experts as one FP8 function from router to combined output; {travel}; kept for backward: {recipe.moe_saved}"
+    way = f"{layer.num_local_experts} local experts as one FP8 function from router to combined output; {travel}; kept for backward: {recipe.moe_saved}"
+    return way if activation_of(layer.config) == SWIGLU.name else f"{way}; {activation_of(layer.config)} without a gate"
 
 
 def _dispatcher_name(config: Any) -> str | None:
@@ -116,7 +129,7 @@ def _dispatcher(name: str, group: Any) -> Dispatcher:
 
 
 def _with_recompute(recipe: Recipe, config: Any) -> Recipe:
-    """``recipe`` with Megatron's selective recompute: "moe_act" makes the SwiGLU again, "moe" everything behind the dispatch. What is kept is FP8."""
+    """``recipe`` with Megatron's selective recompute: "moe_act" makes the activation again, "moe" everything behind the dispatch. What is kept is FP8."""
     modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
     if "moe" in modules:
         return recipe.with_overrides(moe_saved="input")
@@ -136,7 +149,9 @@ def flow_of(layer: Any, recipe: Recipe) -> LayerFlow:
     experts, config = layer.experts, layer.config
     dispatcher = _dispatcher(str(_dispatcher_name(config)), layer.ep_group) if layer.ep_group.size() > 1 else Local()
     fc1, fc2 = ([getattr(linear, f"weight{i}") for i in range(layer.num_local_experts)] for linear in (experts.linear_fc1, experts.linear_fc2))
-    flow = LayerFlow(_with_recompute(recipe, config), dispatcher, fc1, fc2, (experts.linear_fc1, experts.linear_fc2))
+    activation = activation_of(config)
+    assert activation is not None, "refused by check"
+    flow = LayerFlow(_with_recompute(recipe, config), dispatcher, fc1, fc2, activation, (experts.linear_fc1, experts.linear_fc2))
     setattr(layer, _ATTRIBUTE, flow)
     return flow
 
@@ -154,6 +169,7 @@ def routed_experts(layer: Any, recipe: Recipe, hidden: torch.Tensor, probs: torc
         flow.fc1,
         flow.fc2,
         recipe=flow.recipe,
+        activation=flow.activation,
         dispatcher=flow.dispatcher,
         num_experts=layer.config.num_moe_experts,
         observer=getattr(layer, "fp8_observer", None),  # set by `metrics`

@@ -28,7 +28,7 @@ def _routing(args: argparse.Namespace) -> list[tuple[Any, str]]:
         (args.moe_pad_expert_input_to_capacity, f"--moe-pad-expert-input-to-capacity: {capacity}"),
         (args.moe_expert_rank_capacity_factor is not None, f"--moe-expert-rank-capacity-factor: {capacity}"),
         (args.moe_router_topk > MAX_TOPK, f"--moe-router-topk {args.moe_router_topk}: checked up to {MAX_TOPK}; use fewer experts per token"),
-        (args.moe_apply_probs_on_input, "--moe-apply-probs-on-input: probabilities are multiplied into the SwiGLU's output here; drop the flag"),
+        (args.moe_apply_probs_on_input, "--moe-apply-probs-on-input: probabilities are multiplied into the activation here; drop the flag"),
         (args.moe_latent_size is not None, "--moe-latent-size: latent MoE projects in bf16 between router and dispatch; drop the flag"),
         (
             dispatcher == "allgather",
@@ -39,14 +39,18 @@ def _routing(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 
 def _experts(args: argparse.Namespace) -> list[tuple[Any, str]]:
-    other = [flag for flag in ("squared_relu", "quick_geglu", "openai_gelu") if getattr(args, flag, False)]
+    other = ", ".join(f"--{flag.replace('_', '-')}" for flag in ("squared_relu", "quick_geglu", "openai_gelu") if getattr(args, flag, False))
     shifted = args.activation_func_clamp_value is not None or args.glu_linear_offset
     single = args.moe_single_grouped_weight or args.moe_single_grouped_bias
     shared_overlap = "a second stream of Megatron's own dispatcher, which is not used here, computes them; drop the flag (shared experts then run before it)"
     return [
         (not args.moe_grouped_gemm, "--moe-grouped-gemm is missing: the experts' parameters are those of Megatron's grouped MLP; add the flag"),
-        (not args.swiglu or other, f"activation {', '.join('--' + f.replace('_', '-') for f in other) or 'GeLU'}: the experts compute SwiGLU; use --swiglu"),
-        (shifted, "--activation-func-clamp-value / --glu-linear-offset: the experts compute plain SwiGLU; drop the flag"),
+        (other, f"activation {other}: the experts compute SwiGLU (--swiglu) or, without a flag, exact GeLU; drop the flag"),
+        (
+            args.use_te_activation_func and not args.swiglu,
+            "--use-te-activation-func: TransformerEngine's GeLU is the tanh approximation, and the experts compute the exact one; drop the flag",
+        ),
+        (shifted, "--activation-func-clamp-value / --glu-linear-offset: the experts compute plain SwiGLU or GeLU; drop the flag"),
         (args.add_bias_linear, "--disable-bias-linear is missing: the experts' products have no bias; add the flag"),
         (single, "--moe-single-grouped-weight / -bias: one parameter per expert is expected (weight0, weight1, ...); drop the flag"),
         (args.moe_mlp_glu_interleave_size is not None, "--moe-mlp-glu-interleave-size: gate and up are the halves of fc1's output here; drop the flag"),

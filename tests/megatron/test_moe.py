@@ -51,6 +51,7 @@ def tokens(sequence=32, batch=4, seed=1):
 # --- values beside stock ----------------------------------------------------------------------------------------------------------------------------------
 
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+GELU = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}
 ROUTING = {
     "top-2": {},
     "top-1": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
@@ -63,6 +64,8 @@ ROUTING = {
     "router in bf16": {"moe_router_dtype": None},
     "sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
     "shared experts": {"moe_shared_expert_intermediate_size": 128},
+    "GeLU": GELU,
+    "GeLU, top-8": GELU | {"moe_router_topk": 8},
 }
 
 
@@ -77,6 +80,7 @@ def test_layer_has_the_values_of_stock_bf16(calls, routing):
     y, dx, grads = layers.gradients(layer, x, dy)
     expected_y, expected_dx, expected = layers.gradients(stock, x, dy)
     assert len(calls) == 1, "the stock layer must not take our way, ours must"
+    assert calls[0][1]["activation"] == ("gelu" if "GeLU" in routing else "swiglu")
     assert grads.keys() == expected.keys() and len(grads) >= 2 * layers.EXPERTS + 1
     assert snr_db(expected_y, y) > SNR and snr_db(expected_dx, dx) > SNR
     for name, truth in expected.items():
@@ -332,11 +336,14 @@ def test_other_recipes_leave_the_layer_alone(recipe):
 def test_description_says_what_runs():
     text = moe.describe(layers.build(layers.config_of()))
     assert text == "8 local experts as one FP8 function from router to combined output; no dispatch (one rank); kept for backward: h"
+    assert moe.describe(layers.build(layers.config_of(**GELU))) == f"{text}; gelu without a gate"
 
 
 BAD_LAYERS = {
     "SequentialMLP": {"moe_grouped_gemm": False},
-    "not SwiGLU": {"activation_func": torch.nn.functional.gelu},
+    "neither SwiGLU": {"activation_func": torch.nn.functional.gelu},
+    "nor exact GeLU": {"gated_linear_unit": False, "activation_func": torch.nn.functional.silu},
+    "exact GeLU without a gate": GELU | {"use_te_activation_func": True},
     "capacity factor": {"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "aux_loss"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "--moe-apply-probs-on-input": {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},

@@ -84,11 +84,29 @@ def test_missing_flags_are_named(parse, absent, words):
     assert any(words in p for p in arguments.validate(args))
 
 
-@pytest.mark.parametrize(("absent", "words"), [("--swiglu", "activation GeLU"), ("--disable-bias-linear", "--disable-bias-linear is missing")])
+@pytest.mark.parametrize(("absent", "words"), [("--disable-bias-linear", "--disable-bias-linear is missing")])
 def test_missing_dense_flags_are_named(parse, base_flags, absent, words):
     args = parse(f"--fp8-recipe fp8_flow_moe {MOE}", base=base_flags.replace(absent, ""))
     arguments.prepare(args)
     assert any(words in p for p in arguments.validate(args))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", []),
+        ("--recompute-granularity selective --recompute-modules moe_act", []),
+        ("--openai-gelu", ["activation --openai-gelu: the experts compute SwiGLU (--swiglu) or, without a flag, exact GeLU; drop the flag"]),
+        ("--use-te-activation-func", ["--use-te-activation-func: TransformerEngine's GeLU is the tanh approximation"]),
+        ("--activation-func-clamp-value 7.0", ["--activation-func-clamp-value / --glu-linear-offset: the experts compute plain SwiGLU or GeLU"]),
+    ],
+)
+def test_experts_without_a_gate(parse, base_flags, flags, words):
+    """Without --swiglu Megatron's activation is the exact GeLU, and so is ours."""
+    args = parse(f"--fp8-recipe fp8_flow_moe {MOE} {flags}", base=base_flags.replace("--swiglu ", ""))
+    arguments.prepare(args)
+    problems = arguments.validate(args)
+    assert len(problems) == len(words) and all(w in p for w, p in zip(words, problems, strict=True)), problems
 
 
 def test_dense_models_are_sent_to_a_dense_recipe(parse):
