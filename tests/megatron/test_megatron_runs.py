@@ -75,7 +75,7 @@ def test_losses_must_be_near_fall_and_be_of_another_run():
         (falling | {7: 1.03 * falling[7]}, falling, "step 7"),
         ({n: 1.001 * v for n, v in flat.items()}, flat, "does not learn"),
         (dict(falling), falling, "equal to the last bit"),
-        ({n: v for n, v in falling.items() if n < STEPS}, falling, "assert"),
+        ({n: v for n, v in falling.items() if n < STEPS}, falling, "steps"),
     ):
         with pytest.raises(AssertionError, match=words):
             assert_near(losses, reference)
