@@ -96,10 +96,7 @@ def _checked(args: argparse.Namespace, spec: str) -> list[str]:
     problems = refused(args)
     if problems:
         raise RecipeError(f"FP8 attention (--fp8-recipe {spec}) cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
-    notes = ["attention: QK^T and PV in FP8, forward and backward (TransformerEngine, cuDNN, delayed scaling)"]
-    if args.load is not None:
-        notes.append("attention's maxima are not in Megatron's checkpoints: they are gathered anew, and its scales are 1 in the first step after --load")
-    return notes
+    return ["attention: QK^T and PV in FP8, forward and backward (TransformerEngine, cuDNN, delayed scaling)"]
 
 
 def refused(args: argparse.Namespace) -> list[str]:

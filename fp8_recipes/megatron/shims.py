@@ -77,8 +77,10 @@ def install() -> None:
     embedding_multiplier()
     one_region_around_the_layers()
     dataset_helpers()
+    from .delayed_state import install as install_delayed_state
     from .weight_scaling_hook import install as install_weight_scaling
 
+    install_delayed_state()
     install_weight_scaling()
 
 

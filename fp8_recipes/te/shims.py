@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 SUPPORTED = ((2, 19), (2, 21))
-_MARK = "_fp8_recipes_original"
+_MARK, _WRAPPERS = "_fp8_recipes_original", "_fp8_recipes_wrappers"
 
 
 @functools.cache
@@ -39,12 +39,14 @@ def install() -> None:
 
 
 def replace(module: Any, name: str, wrapper: Any) -> None:
-    """Put ``wrapper(original)`` in place of ``module.name`` unless that was done before."""
+    """Put ``wrapper(original)`` in place of ``module.name`` unless this wrapper was there before; several wrappers of one function stack."""
     original = getattr(module, name)
-    if hasattr(original, _MARK):
+    key, before = f"{wrapper.__module__}.{wrapper.__qualname__}", getattr(original, _WRAPPERS, ())
+    if key in before:
         return
     replacement = functools.wraps(original)(wrapper(original))
     setattr(replacement, _MARK, original)
+    setattr(replacement, _WRAPPERS, (*before, key))
     setattr(module, name, replacement)
 
 

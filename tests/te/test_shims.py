@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import types
 from importlib import metadata
 
 import pytest
@@ -43,6 +44,21 @@ def test_the_version_is_read_once(monkeypatch):
     for _ in range(3):
         shims.require_transformer_engine()
     assert asked == ["transformer-engine"]
+
+
+def test_wrappers_of_one_function_stack_and_are_put_there_once():
+    from fp8_recipes.te import shims
+
+    def twice(original):
+        return lambda x: 2 * original(x)
+
+    def plus_one(original):
+        return lambda x: original(x) + 1
+
+    place = types.SimpleNamespace(f=lambda x: x)
+    for wrapper in (twice, plus_one, twice, plus_one):
+        shims.replace(place, "f", wrapper)
+    assert place.f(5) == 11
 
 
 def _te_or_skip():
