@@ -53,9 +53,12 @@ def rmsnorm_quantize(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Scaled
     return _backend(x).rmsnorm_quantize(x, *args, **kwargs)
 
 
-def swiglu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> Any:
-    """A `ScaledTensor`; with ``save_h`` also h itself as one."""
+def swiglu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).swiglu_quantize(h, *args, **kwargs)
+
+
+def swiglu_quantize_saving(h: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[ScaledTensor, ScaledTensor]:
+    return _backend(h).swiglu_quantize_saving(h, *args, **kwargs)
 
 
 def swiglu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -219,6 +222,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "swiglu_quantize_saving",
     "tanh_bound",
     "tanh_bound_backward",
     "unpack_rows",

@@ -21,7 +21,7 @@ from bench_grouped import SETS, Rows, Run
 from benchmark import timed, write
 
 from fp8_recipes import reference
-from fp8_recipes.kernels import measure_experts, quantize_experts, swiglu_backward_quantize, swiglu_quantize
+from fp8_recipes.kernels import measure_experts, quantize_experts, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from fp8_recipes.kernels.experts import PLAN, ExpertPlan
 from fp8_recipes.reference.grouped import GroupedTensor
 
@@ -87,8 +87,8 @@ def check() -> Rows:
         rows.append({"case": f"weights {name}", "differs": 0.0, "ok": ok})
     for width in (768, 1408, 2048, 7168):
         dy, h, prob = activations(4096, width)
-        q, saved = swiglu_quantize(h, prob=prob, save_h=True)
-        want_q, want = reference.swiglu_quantize(h, prob=prob, save_h=True)
+        q, saved = swiglu_quantize_saving(h, prob=prob)
+        want_q, want = reference.swiglu_quantize_saving(h, prob=prob)
         exact = same(saved.payload, want.payload) and same(saved.scale, want.scale)
         grad, dprob = swiglu_backward_quantize(dy, saved, prob=prob)
         want_grad, want_dprob = reference.swiglu_backward_quantize(dy, saved, prob=prob)
@@ -141,20 +141,20 @@ def weight_contenders(shape: tuple[int, int, int], plans: list[tuple[ExpertPlan,
 
 def swiglu_contenders(rows: int, width: int) -> dict[str, tuple[Run, int]]:
     sets = [activations(rows, width) for _ in range(SETS)]
-    saved = [swiglu_quantize(h, prob=prob, save_h=True)[1] for _, h, prob in sets]
+    saved = [swiglu_quantize_saving(h, prob=prob)[1] for _, h, prob in sets]
     values = rows * width
 
-    def forward(i: int, **options: bool) -> object:
+    def forward(i: int, operation: Callable[..., object]) -> object:
         _, h, prob = sets[i % SETS]
-        return swiglu_quantize(h, prob=prob, **options)
+        return operation(h, prob=prob)
 
     def backward(i: int, fp8: bool, **options: str) -> object:
         dy, h, prob = sets[i % SETS]
         return swiglu_backward_quantize(dy, saved[i % SETS] if fp8 else h, prob=prob, **options)
 
     return {
-        "swiglu": (forward, 5 * values),
-        "swiglu, save_h": (lambda i: forward(i, save_h=True), 7 * values),
+        "swiglu": (lambda i: forward(i, swiglu_quantize), 5 * values),
+        "swiglu, save_h": (lambda i: forward(i, swiglu_quantize_saving), 7 * values),
         "swiglu of saved h": (lambda i: swiglu_quantize(saved[i % SETS], prob=sets[i % SETS][2]), 3 * values),
         "backward": (lambda i: backward(i, False), 8 * values),
         "backward of saved h": (lambda i: backward(i, True), 6 * values),

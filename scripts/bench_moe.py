@@ -115,17 +115,17 @@ class UnfusedSwiGLU(Ours):
 
     def make(self) -> None:
         super().make()
-        self.patches = {"swiglu_quantize": self.forward_pass, "swiglu_backward_quantize": self.backward_pass}
+        self.patches = {"swiglu_quantize": self.forward_pass, "swiglu_quantize_saving": self.saving_pass, "swiglu_backward_quantize": self.backward_pass}
         self.h: torch.Tensor | None = None
 
-    def forward_pass(self, h: Any, granularity: str, fmt: Any, fold: Any, prob: torch.Tensor, save_h: bool = False) -> Any:
-        if not isinstance(h, torch.Tensor):
-            h = self.h
-        else:
+    def forward_pass(self, h: Any, granularity: str, fmt: Any, fold: Any, prob: torch.Tensor) -> ScaledTensor:
+        if isinstance(h, torch.Tensor):
             self.h = h
-        q = self.quantize(_swiglu(h, prob), granularity, fmt, fold=fold)
-        rows = h.shape[0]  # a stand-in for the saved FP8 h, which this variant does not have
-        return (q, ScaledTensor(torch.empty(rows, 0, dtype=fmt.dtype, device=h.device), prob, "row")) if save_h else q
+        return self.quantize(_swiglu(self.h, prob), granularity, fmt, fold=fold)
+
+    def saving_pass(self, h: torch.Tensor, granularity: str, fmt: Any, fold: Any, prob: torch.Tensor) -> tuple[ScaledTensor, ScaledTensor]:
+        stand_in = torch.empty(h.shape[0], 0, dtype=fmt.dtype, device=h.device)  # for the saved FP8 h, which this variant does not have
+        return self.forward_pass(h, granularity, fmt, fold, prob), ScaledTensor(stand_in, prob, "row")
 
     def backward_pass(self, dy: torch.Tensor, h: Any, granularity: str, fmt: Any, fold: Any, prob: torch.Tensor) -> Any:
         dh, dprob = _swiglu_gradient(dy, self.h, prob)

@@ -16,7 +16,7 @@ from .permute import combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .routing import chosen_experts, chosen_experts_backward, copies_of_rows
-from .swiglu import swiglu_backward_quantize, swiglu_quantize
+from .swiglu import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from .tanh import tanh_bound, tanh_bound_backward
 from .tile_transpose import scaling_aware_transpose
 from .xielu import xielu_backward_quantize, xielu_quantize
@@ -50,6 +50,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "swiglu_quantize_saving",
     "tanh_bound",
     "tanh_bound_backward",
     "unpack_rows",

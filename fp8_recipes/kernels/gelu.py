@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_prob
-from ..reference.gelu import GeluGradients, check_unsaved, gelu, gelu_backward, gelu_prob_gradient
+from ..reference.activation import check_prob, check_unsaved
+from ..reference.gelu import GeluGradients, gelu, gelu_backward, gelu_prob_gradient
 from ..reference.quantize import _check_options
 from ..reference.xielu import check_same
 from ..tensor import ScaledTensor, check_matrix

@@ -7,14 +7,14 @@ boundary; the saved h is equal bit for bit.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_halves, check_prob, check_saved, check_swiglu, swiglu, swiglu_backward, swiglu_prob_gradient
+from ..reference.activation import check_gated, check_halves, check_prob, check_saved, check_unsaved, swiglu, swiglu_backward, swiglu_prob_gradient
 from ..reference.quantize import _check_options
 from ..tensor import TILE, ScaledTensor, check_matrix
 from . import common
@@ -242,59 +242,51 @@ def _h_arguments(h: torch.Tensor | ScaledTensor) -> tuple[torch.Tensor, torch.Te
     return h.payload.view(torch.uint8), h.scale, h.format.name
 
 
-@overload
-def swiglu_quantize(
-    h: torch.Tensor | ScaledTensor,
-    granularity: str = "row",
-    fmt: Format = E4M3,
-    *,
-    fold: str | None = None,
-    prob: torch.Tensor | None = None,
-    save_h: Literal[False] = False,
-) -> ScaledTensor: ...
-
-
-@overload
-def swiglu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None, save_h: Literal[True]
-) -> tuple[ScaledTensor, ScaledTensor]: ...
+def _is_fused(rows: int, cols: int, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+    """Raise on options that do not fit; is the fused kernel there for the rest?"""
+    _check_options(granularity, fold, None)
+    check_prob(prob, rows)
+    return granularity in ("row", "tile", "micro") and cols <= MAX_ROW
 
 
 def swiglu_quantize(
-    h: torch.Tensor | ScaledTensor,
-    granularity: str = "row",
-    fmt: Format = E4M3,
-    *,
-    fold: str | None = None,
-    prob: torch.Tensor | None = None,
-    save_h: bool = False,
-) -> ScaledTensor | tuple[ScaledTensor, ScaledTensor]:
-    """Kernel twin of `fp8_recipes.reference.swiglu_quantize`. h: [rows, 2F] bf16 = [gate | up] -> quantised [rows, F]; prob: [rows] fp32 or None.
+    h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> ScaledTensor:
+    """Kernel twin of `fp8_recipes.reference.swiglu_quantize`. h: [rows, 2F] = [gate | up], bf16 or saved (row-scaled FP8) -> quantised [rows, F]; prob:
+    [rows] fp32 or None.
 
-    h may also be a saved one (row-scaled FP8). save_h: also h itself in ``fmt``, one scale per row, from the same read.
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise the product is computed in fp32 first.
     """
     source, h_scale, form = _h_arguments(h)
-    _check_options(granularity, fold, None)
-    check_swiglu(h, save_h)
+    check_gated(h)
     rows, cols = source.shape[0], source.shape[1] // 2
-    check_prob(prob, rows)
-    if granularity not in ("row", "tile", "micro") or cols > MAX_ROW:
-        q = quantize(swiglu(h, prob), granularity, fmt, fold=fold)
-        if not save_h:
-            return q
-        saved = quantize(source, "row", fmt)
-        return q, ScaledTensor(saved.payload, saved.scale, "row")
+    if not _is_fused(rows, cols, granularity, fold, prob):
+        return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
     r = row_result(cols, granularity, fold, fmt)
     q, pointers = empty_rows(rows, cols, r, fmt, source.device)
-    payload = source
-    if save_h:
-        payload = common.empty((rows, 2 * cols), torch.uint8, source.device)
-        h_scale = common.empty((rows,), torch.float32, source.device)
-    arguments = (source, *pointers, source if prob is None else prob, h_scale, payload, cols)
-    constants = {**r.constants, "num_warps": plan_row(cols, SAVE_PER_THREAD).warps} if save_h else r.constants
-    launch(_swiglu_quantize_kernel, (rows,), *arguments, PROB=prob is not None, H=form, SAVE=save_h, **constants)
-    return (q, ScaledTensor(payload.view(fmt.dtype), h_scale, "row")) if save_h else q
+    arguments = (source, *pointers, source if prob is None else prob, h_scale, source, cols)
+    launch(_swiglu_quantize_kernel, (rows,), *arguments, PROB=prob is not None, H=form, SAVE=False, **r.constants)
+    return q
+
+
+def swiglu_quantize_saving(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """Kernel twin of `fp8_recipes.reference.swiglu_quantize_saving`: (the quantised product, h itself in ``fmt``), from one read where it is fused."""
+    check_unsaved(h)
+    _h_arguments(h)
+    check_gated(h)
+    rows, cols = h.shape[0], h.shape[1] // 2
+    if not _is_fused(rows, cols, granularity, fold, prob):
+        whole = quantize(h, "row", fmt)
+        return quantize(swiglu(h, prob), granularity, fmt, fold=fold), ScaledTensor(whole.payload, whole.scale, "row")
+    r = row_result(cols, granularity, fold, fmt)
+    q, pointers = empty_rows(rows, cols, r, fmt, h.device)
+    saved, h_scale = common.empty((rows, 2 * cols), torch.uint8, h.device), common.empty((rows,), torch.float32, h.device)
+    arguments = (h, *pointers, h if prob is None else prob, h_scale, saved, cols)
+    constants = {**r.constants, "num_warps": plan_row(cols, SAVE_PER_THREAD).warps}
+    launch(_swiglu_quantize_kernel, (rows,), *arguments, PROB=prob is not None, H="", SAVE=True, **constants)
+    return q, ScaledTensor(saved.view(fmt.dtype), h_scale, "row")
 
 
 @overload
@@ -328,11 +320,9 @@ def swiglu_backward_quantize(
     check_device(dy, "dy")
     check_not_empty(dy, "dy")
     source, h_scale, form = _h_arguments(h)
-    _check_options(granularity, fold, None)
     rows, cols = dy.shape
     check_halves(dy, h)
-    check_prob(prob, rows)
-    if granularity not in ("row", "tile", "micro") or cols % TILE or 2 * cols > MAX_ROW:
+    if not _is_fused(rows, 2 * cols, granularity, fold, prob) or cols % TILE:
         q = quantize(swiglu_backward(dy, h, prob), granularity, fmt, fold=fold)
         return q if prob is None else (q, swiglu_prob_gradient(dy, h))
     r = row_result(2 * cols, granularity, fold, fmt)

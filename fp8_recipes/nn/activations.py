@@ -54,7 +54,7 @@ SWIGLU = Activation(
     2,
     _swiglu,
     lambda h, **how: ops.swiglu_quantize(h, **how),
-    lambda h, **how: ops.swiglu_quantize(h, **how, save_h=True),
+    lambda h, **how: ops.swiglu_quantize_saving(h, **how),
     lambda da, h, **how: ops.swiglu_backward_quantize(da, h, **how),
 )
 GELU = Activation("gelu", 1, F.gelu, lambda h, **how: ops.gelu_quantize(h, **how), lambda h, **how: ops.gelu_quantize_saving(h, **how), _gelu_backward)

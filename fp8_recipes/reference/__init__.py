@@ -1,6 +1,6 @@
 """Every operation in plain torch, fp32. The specification: kernels are tested against it, bit for bit where they move or round, in dB where they sum."""
 
-from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
+from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
@@ -52,6 +52,7 @@ __all__ = [
     "send_map",
     "swiglu_backward_quantize",
     "swiglu_quantize",
+    "swiglu_quantize_saving",
     "tanh_bound",
     "tanh_bound_backward",
     "unpack_rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import overload
 
 import torch
 
@@ -32,9 +32,9 @@ def check_prob(prob: torch.Tensor | None, rows: int) -> None:
 
 
 def check_saved(h: ScaledTensor) -> None:
-    """Raise unless ``h`` is a saved fc1 output as ``swiglu_quantize(save_h=True)`` makes it: one scale per row."""
+    """Raise unless ``h`` is a saved fc1 output as the saving activations make it: one scale per row."""
     if h.granularity != "row" or h.global_scale is not None:
-        raise ValueError(f"h has {h.granularity} scales; a saved h has one scale per row: make it with swiglu_quantize(..., save_h=True)")
+        raise ValueError(f"h has {h.granularity} scales; a saved h has one scale per row: make it with swiglu_quantize_saving or gelu_quantize_saving")
 
 
 def values_of(h: torch.Tensor | ScaledTensor) -> torch.Tensor:
@@ -53,55 +53,36 @@ def swiglu(h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> 
     return y if prob is None else y * prob[:, None]
 
 
-def check_swiglu(h: torch.Tensor | ScaledTensor, save_h: bool) -> None:
-    """Raise unless ``h`` has two halves, and is not FP8 already where it is to be saved."""
+def check_unsaved(h: torch.Tensor | ScaledTensor) -> None:
+    """Raise where ``h`` is FP8 already and is to be saved."""
+    if isinstance(h, ScaledTensor):
+        raise TypeError("h is a ScaledTensor already; the form that saves h is for a bf16 h, use the one that does not")
+
+
+def check_gated(h: torch.Tensor | ScaledTensor) -> None:
+    """Raise unless ``h`` has two halves."""
     if h.shape[1] % 2:
         raise ValueError(f"h must be [rows, 2F] = [gate | up], got an odd width {h.shape[1]}")
-    if isinstance(h, ScaledTensor):
-        check_saved(h)
-        if save_h:
-            raise ValueError("h is a ScaledTensor already; save_h=True is for a bf16 h")
-
-
-@overload
-def swiglu_quantize(
-    h: torch.Tensor | ScaledTensor,
-    granularity: str = "row",
-    fmt: Format = E4M3,
-    *,
-    fold: str | None = None,
-    prob: torch.Tensor | None = None,
-    save_h: Literal[False] = False,
-) -> ScaledTensor: ...
-
-
-@overload
-def swiglu_quantize(
-    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None, save_h: Literal[True]
-) -> tuple[ScaledTensor, ScaledTensor]: ...
 
 
 def swiglu_quantize(
-    h: torch.Tensor | ScaledTensor,
-    granularity: str = "row",
-    fmt: Format = E4M3,
-    *,
-    fold: str | None = None,
-    prob: torch.Tensor | None = None,
-    save_h: bool = False,
-) -> ScaledTensor | tuple[ScaledTensor, ScaledTensor]:
-    """Quantised ``silu(gate) * up``; h: [rows, 2F] bf16 = [gate | up], result [rows, F].
+    h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> ScaledTensor:
+    """Quantised ``silu(gate) * up``; h: [rows, 2F] = [gate | up], bf16 or as `swiglu_quantize_saving` saved it; result [rows, F].
 
-    h may also be what an earlier call saved (a row-scaled `ScaledTensor`): to compute the product again.
     prob: [rows] fp32, the routing probability of each row, multiplied in before the quantisation. A row with h = 0 and prob = 0 (padding) is exactly zero.
-    save_h: return (that, h itself in ``fmt`` under one scale per row over both halves, without tile exponents), what backward needs at half of bf16's bytes.
     """
-    check_swiglu(h, save_h)
-    q = quantize(swiglu(h, prob), granularity, fmt, fold=fold)
-    if not save_h:
-        return q
-    assert isinstance(h, torch.Tensor)
-    saved = quantize(h, "row", fmt)
+    check_gated(h)
+    return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
+
+
+def swiglu_quantize_saving(
+    h: torch.Tensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: torch.Tensor | None = None
+) -> tuple[ScaledTensor, ScaledTensor]:
+    """(`swiglu_quantize` of h, h itself in ``fmt`` under one scale per row over both halves, without tile exponents): what backward needs at half of
+    bf16's bytes."""
+    check_unsaved(h)
+    q, saved = swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob), quantize(h, "row", fmt)
     return q, ScaledTensor(saved.payload, saved.scale, "row")
 
 
@@ -149,8 +130,8 @@ def swiglu_backward_quantize(
     fold: str | None = None,
     prob: torch.Tensor | None = None,
 ) -> ScaledTensor | tuple[ScaledTensor, torch.Tensor]:
-    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F], bf16 or as `swiglu_quantize` saved it. One row
-    of the result has one scale over both halves.
+    """Quantised gradient of `swiglu`: [rows, 2F] from dy [rows, F] bf16 and h [rows, 2F], bf16 or as `swiglu_quantize_saving` saved it.
+    One row of the result has one scale over both halves.
 
     With prob [rows] fp32 the result is (that gradient, the gradient of prob [rows] fp32).
     """

@@ -14,7 +14,7 @@ import torch
 
 from ..formats import E4M3, Format
 from ..tensor import ScaledTensor
-from .activation import check_prob, values_of
+from .activation import check_prob, check_unsaved, values_of
 from .quantize import quantize
 from .xielu import check_same
 
@@ -48,12 +48,6 @@ def gelu_prob_gradient(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> torc
     """Gradient of `gelu` by prob, fp32 [rows]."""
     check_same(dy, h)
     return (dy.float() * gelu(h)).sum(dim=1)
-
-
-def check_unsaved(h: torch.Tensor | ScaledTensor) -> None:
-    """Raise where ``h`` is FP8 already and is to be saved."""
-    if isinstance(h, ScaledTensor):
-        raise TypeError("h is a ScaledTensor already; gelu_quantize_saving is for a bf16 h, use gelu_quantize")
 
 
 def gelu_quantize(

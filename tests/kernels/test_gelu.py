@@ -153,7 +153,7 @@ def test_bad_input(device):
         gelu_backward_quantize(dy[:0], h[:0])
     _, saved = gelu_quantize_saving(h)
     for module in (gelu_quantize_saving, reference.gelu_quantize_saving):
-        with pytest.raises(TypeError, match="h is a ScaledTensor already; gelu_quantize_saving is for a bf16 h"):
+        with pytest.raises(TypeError, match="h is a ScaledTensor already; the form that saves h is for a bf16 h"):
             module(saved)
     tiles = reference.quantize(h, "tile")
     with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):

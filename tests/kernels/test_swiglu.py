@@ -10,7 +10,7 @@ from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import swiglu_backward_quantize, swiglu_quantize
+from fp8_recipes.kernels import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from fp8_recipes.tensor import ScaledTensor
 
 module = import_module("fp8_recipes.kernels.swiglu")
@@ -94,8 +94,8 @@ def test_saved_h(device, shape, granularity, fold, fmt):
     """The same read also gives h in FP8, bit for bit; what is computed from that is the reference's result of the same bytes."""
     dy, h = inputs(*shape, device)
     prob = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
-    q, saved = swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob, save_h=True)
-    expected_q, expected = reference.swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob, save_h=True)
+    q, saved = swiglu_quantize_saving(h, granularity, fmt, fold=fold, prob=prob)
+    expected_q, expected = reference.swiglu_quantize_saving(h, granularity, fmt, fold=fold, prob=prob)
     assert_bitwise(saved, expected)
     assert_bitwise(q, swiglu_quantize(h, granularity, fmt, fold=fold, prob=prob), "the product without saving")
     assert_quantized(q, expected_q, reference_values(dy, h, prob)[0])
@@ -114,8 +114,8 @@ def test_saved_h_of_padding_zero_and_bad_rows(device):
     h[2, 7], h[2, 256 + 9], h[3, 256] = torch.nan, torch.inf, -torch.inf
     prob = torch.ones(5, device=device)
     dy[1], prob[1] = 0, 0
-    q, saved = swiglu_quantize(h, prob=prob, save_h=True)
-    assert_bitwise(saved, reference.swiglu_quantize(h, save_h=True)[1])
+    q, saved = swiglu_quantize_saving(h, prob=prob)
+    assert_bitwise(saved, reference.swiglu_quantize_saving(h)[1])
     assert not saved.payload[1].view(torch.uint8).any() and saved.scale[1] == 2.0**-126
     assert reference.dequantize(saved).isnan().nonzero().tolist() == [[2, 7], [2, 265], [3, 256]], "what is not finite is NaN, alone"
     assert reference.dequantize(q).isnan().nonzero().tolist() == [[2, 7], [2, 9], [3, 0]]
@@ -127,7 +127,7 @@ def test_saved_h_of_padding_zero_and_bad_rows(device):
 
 def test_formats_of_saved_h_and_of_the_gradient_differ(device):
     dy, h = inputs(4, 128, device)
-    saved = swiglu_quantize(h, fmt=FORMATS["e5m2"], save_h=True)[1]
+    saved = swiglu_quantize_saving(h, fmt=FORMATS["e5m2"])[1]
     assert_quantized(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
     saved.payload.view(torch.uint8)[1, 3] = 0x7C  # Inf of E5M2
     assert reference.dequantize(swiglu_backward_quantize(dy, saved)).isnan().nonzero().tolist() == [[1, 3], [1, 131]]
@@ -139,8 +139,8 @@ def test_rows_too_wide_for_registers(device, monkeypatch):
     y, grad = truth(dy, h)
     assert_quantized(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
     assert_quantized(swiglu_backward_quantize(dy, h), reference.swiglu_backward_quantize(dy, h), grad)
-    q, saved = swiglu_quantize(h, save_h=True)
-    assert_bitwise(saved, reference.swiglu_quantize(h, save_h=True)[1])
+    q, saved = swiglu_quantize_saving(h)
+    assert_bitwise(saved, reference.swiglu_quantize_saving(h)[1])
     assert_quantized(q, reference.swiglu_quantize(h), y)
     assert_quantized(swiglu_backward_quantize(dy, saved), reference.swiglu_backward_quantize(dy, saved), truth(dy, reference.dequantize(saved))[1])
 
@@ -161,17 +161,18 @@ def test_bad_elements_stay_alone(device):
 
 def test_bad_input(device):
     dy, h = inputs(4, 128, device)
-    with pytest.raises(ValueError, match="odd width 255"):
-        swiglu_quantize(h[:, :255].contiguous())
+    for operation in (swiglu_quantize, swiglu_quantize_saving):
+        with pytest.raises(ValueError, match="odd width 255"):
+            operation(h[:, :255].contiguous())
     with pytest.raises(ValueError, match="2F"):
         swiglu_backward_quantize(dy, h[:, :128].contiguous())
     with pytest.raises(ValueError, match="prob must be contiguous fp32"):
         swiglu_quantize(h, prob=torch.ones(8, device=device)[::2])
     with pytest.raises(ValueError, match="prob must be contiguous fp32"):
         swiglu_backward_quantize(dy, h, prob=torch.ones(3, device=device))
-    saved = swiglu_quantize(h, save_h=True)[1]
-    with pytest.raises(ValueError, match="h is a ScaledTensor already; save_h=True is for a bf16 h"):
-        swiglu_quantize(saved, save_h=True)
+    saved = swiglu_quantize_saving(h)[1]
+    with pytest.raises(TypeError, match="h is a ScaledTensor already; the form that saves h is for a bf16 h"):
+        swiglu_quantize_saving(saved)
     with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):
         swiglu_backward_quantize(dy, reference.quantize(h, "tile"))
     with pytest.raises(ValueError, match="h.payload of strides .* is not contiguous"):
@@ -215,8 +216,8 @@ def test_saved_h_real_sizes(device, shape):
     dy, h = inputs(*shape, device)
     prob = torch.rand(shape[0], device=device)
     for fmt in FORMATS.values():
-        q, saved = swiglu_quantize(h, "row", fmt, prob=prob, save_h=True)
-        assert_bitwise(saved, reference.swiglu_quantize(h, "row", fmt, save_h=True)[1])
+        q, saved = swiglu_quantize_saving(h, "row", fmt, prob=prob)
+        assert_bitwise(saved, reference.swiglu_quantize_saving(h, "row", fmt)[1])
         assert_quantized(q, reference.swiglu_quantize(h, "row", fmt, prob=prob), reference_values(dy, h, prob)[0])
         exact = reference_values(dy, reference.dequantize(saved), prob)
         for granularity, fold in MODES[:4]:

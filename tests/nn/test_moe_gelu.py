@@ -15,7 +15,7 @@ from fp8_recipes.nn.activations import GELU
 from fp8_recipes.nn.moe import plain_experts
 from fp8_recipes.weight_scaling import WeightScaling
 
-GELU_CALLS = {name.replace("swiglu", "gelu"): count for name, count in CALLS.items()} | {"gelu_quantize": 1, "gelu_quantize_saving": 1}
+GELU_CALLS = {name.replace("swiglu", "gelu"): count for name, count in CALLS.items()}
 
 
 def gelu(spec: str = "fp8_flow_moe"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fp8_recipes.formats import E4M3, E5M2
-from fp8_recipes.reference import dequantize, quantize, rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize
+from fp8_recipes.reference import dequantize, quantize, rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from fp8_recipes.reference.activation import swiglu, swiglu_backward, swiglu_prob_gradient
 
 ROWS, FFN = 19, 150
@@ -76,7 +76,7 @@ def test_saved_h_is_h_in_fp8(fmt) -> None:
     h, dy = normal(ROWS, 2 * FFN, 30, scale=4), normal(ROWS, FFN, 31)
     prob = torch.rand(ROWS, generator=torch.Generator().manual_seed(32))
     h[3, FFN + 2] = 3000.0
-    q, saved = swiglu_quantize(h, "tile", fmt, prob=prob, save_h=True)
+    q, saved = swiglu_quantize_saving(h, "tile", fmt, prob=prob)
     assert torch.equal(dequantize(q), dequantize(swiglu_quantize(h, "tile", fmt, prob=prob))), "saving changes nothing"
     assert saved.granularity == "row" and saved.shape == h.shape and saved.format is fmt and saved.tile_exponent is None
     assert saved.nbytes() == 2 * FFN * ROWS + 4 * ROWS
@@ -94,7 +94,7 @@ def test_saved_h_is_h_in_fp8(fmt) -> None:
 def test_padding_rows_are_zero() -> None:
     h, dy, prob = normal(4, 64, 23), normal(4, 32, 24), torch.ones(4)
     h[2], dy[2], prob[2] = 0, 0, 0
-    y, saved = swiglu_quantize(h, prob=prob, save_h=True)
+    y, saved = swiglu_quantize_saving(h, prob=prob)
     for source in (h, saved):
         dh, dprob = swiglu_backward_quantize(dy, source, prob=prob)
         for q in (y, dh):
@@ -187,8 +187,8 @@ def test_refusals() -> None:
         swiglu_backward_quantize(normal(2, 8, 16), normal(2, 8, 17))
     with pytest.raises(ValueError, match="h has tile scales; a saved h has one scale per row"):
         swiglu_quantize(quantize(normal(2, 8, 16), "tile"))
-    with pytest.raises(ValueError, match="h is a ScaledTensor already"):
-        swiglu_quantize(quantize(normal(2, 8, 16), "row"), save_h=True)
+    with pytest.raises(TypeError, match="h is a ScaledTensor already; the form that saves h is for a bf16 h"):
+        swiglu_quantize_saving(quantize(normal(2, 8, 16), "row"))
     with pytest.raises(ValueError, match=r"gamma must have shape \(8,\), got \(1,\)"):
         rmsnorm_quantize(normal(2, 8, 18), torch.ones(1))
     with pytest.raises(ValueError, match=r"prob must be contiguous fp32 \(2,\), one number per row of h; got torch.float32 \(2, 1\)"):
