@@ -10,6 +10,7 @@ what our products want).
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -63,10 +64,11 @@ def _megatron_version() -> str | None:
 def install() -> None:
     """Apply every shim once. Call it before Megatron parses its arguments."""
     require_megatron()
-    from ..te.shims import require_transformer_engine
+    from ..te.shims import delayed_maxima, require_transformer_engine
 
     require_transformer_engine()
     fused_weight_gradient()  # before megatron.core is imported: it looks for the module at import
+    refuse_patched_megatron()
     recipe_flag()
     early_validation()
     recipe_of_config()
@@ -77,11 +79,25 @@ def install() -> None:
     embedding_multiplier()
     one_region_around_the_layers()
     dataset_helpers()
+    delayed_maxima()
     from .delayed_state import install as install_delayed_state
     from .weight_scaling_hook import install as install_weight_scaling
 
     install_delayed_state()
     install_weight_scaling()
+
+
+def refuse_patched_megatron() -> None:
+    """RuntimeError where diffs of patches/ were applied that must not act twice: FOG's width and embedding would be multiplied twice."""
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.training.arguments import validate_args
+
+    if any("fp8_recipes" in inspect.getsource(inspect.unwrap(f)) for f in (validate_args, LanguageModelEmbedding.forward, GPTModel.__init__)):
+        raise RuntimeError(
+            "this Megatron has the patches of fp8_recipes applied, and its shims would do the same once more: start Megatron's own pretrain_gpt.py "
+            "without 'import fp8_recipes.megatron_adaptor', or take the patches out (patch -R)"
+        )
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------------------------------------------

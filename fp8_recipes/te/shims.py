@@ -36,6 +36,7 @@ def install() -> None:
     _bias_gradient()
     _fused_swiglu()
     _stateless_checkpoint()
+    delayed_maxima()
 
 
 def replace(module: Any, name: str, wrapper: Any) -> None:
@@ -80,9 +81,7 @@ def _own_products() -> None:
         ) -> tuple[Any, None, None, None]:
             ours = (QuantizedActivation, QuantizedWeight)
             if not isinstance(A, ours) and not isinstance(B, ours):
-                return original(
-                    A, B, workspace, out_dtype, quantization_params, gelu, gelu_in, accumulate, layout, out, bias, use_split_accumulator, grad
-                )
+                return original(A, B, workspace, out_dtype, quantization_params, gelu, gelu_in, accumulate, layout, out, bias, use_split_accumulator, grad)
             if gelu or gelu_in is not None:
                 raise RuntimeError("fp8_recipes has no GEMM with fused GELU; this is a call that TransformerEngine 2.20 does not make under a custom recipe")
             dtype = out_dtype or B.dtype
@@ -169,3 +168,83 @@ def _stateless_checkpoint() -> None:
     from transformer_engine.pytorch import _extra_state
 
     _extra_state._RECIPE_POLICIES[("fp8_recipes.te.factory", "FP8Recipe")] = _extra_state.CheckpointExtraStatePolicy.STATELESS
+
+
+def delayed_maxima() -> None:
+    """``autocast.__exit__``, ``FP8GlobalStateManager.reduce_and_update_fp8_tensors`` and ``is_first_fp8_module``, ``_CheckpointFunction``: the history of
+    delayed scaling moves on once per microbatch and direction.
+
+    Each move drops the oldest row, so extra moves shorten the window of 1024 steps. Upstream (2.20) moves forward maxima again at the end of every recomputed
+    segment, whose own region is an outermost one, and backward maxima whenever a "first" module ends its backward pass: the first of every nested region,
+    because leaving that region undoes the note that the first module is past, and every module of a recomputed segment. With these four, a run with
+    recompute or nested regions has the history of a run without. Can go when upstream counts regions, not entries.
+    """
+    from transformer_engine.pytorch import distributed, quantization
+
+    manager = quantization.FP8GlobalStateManager
+    replace(quantization.autocast, "__exit__", _keep_first_module_past)
+    replace(manager, "reduce_and_update_fp8_tensors", _no_move_in_recompute)
+    replace(manager, "is_first_fp8_module", _first_of_recomputed_segment)
+    replace(distributed._CheckpointFunction, "forward", _note_first_segment)
+    replace(distributed._CheckpointFunction, "backward", _recall_first_segment)
+
+
+_first_in_segment = [False]
+"""Is the next module of the segment being recomputed the first of its region?"""
+
+
+def _keep_first_module_past(original: Any) -> Any:
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    def __exit__(self: Any, *exception: Any) -> None:
+        state = FP8GlobalStateManager.quantization_state
+        past = state.autocast_depth > 1 and not state.is_first_fp8_module
+        original(self, *exception)
+        if past:
+            state.is_first_fp8_module = False
+
+    return __exit__
+
+
+def _no_move_in_recompute(original: Any) -> Any:
+    from transformer_engine.pytorch.distributed import in_fp8_activation_recompute_phase
+
+    def reduce_and_update_fp8_tensors(forward: bool = True) -> None:
+        if not (forward and in_fp8_activation_recompute_phase()):
+            original(forward=forward)
+
+    return reduce_and_update_fp8_tensors
+
+
+def _first_of_recomputed_segment(original: Any) -> Any:
+    from transformer_engine.pytorch.distributed import in_fp8_activation_recompute_phase
+
+    def is_first_fp8_module() -> bool:
+        if not in_fp8_activation_recompute_phase():
+            return bool(original())
+        first, _first_in_segment[0] = _first_in_segment[0], False
+        return first
+
+    return is_first_fp8_module
+
+
+def _note_first_segment(original: Any) -> Any:
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    def forward(ctx: Any, *values: Any) -> Any:
+        state = FP8GlobalStateManager.quantization_state
+        ctx.first_segment = state.is_first_fp8_module and any(ctx.needs_input_grad)
+        outputs = original(ctx, *values)  # without gradients: its modules do not say that they are first
+        if ctx.first_segment:
+            state.is_first_fp8_module = False
+        return outputs
+
+    return forward
+
+
+def _recall_first_segment(original: Any) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        _first_in_segment[0] = ctx.first_segment
+        return original(ctx, *gradients)
+
+    return backward
