@@ -52,13 +52,13 @@ class OutputLayer(ColumnParallelLinear):
 
 
 def install(model: Any) -> None:
-    """Run the output layer of a GPTModel in FP8 if the recipe in force says so; a pipeline stage without one is left alone.
+    """Run the output layer of a GPTModel in FP8 if the recipe in force says so; a pipeline stage without one is left alone. Idempotent.
 
     Raises RecipeError for a layer that cannot: other rows than multiples of 16, another class, a bias, a sharded copy.
     """
     spec, layer = arguments.in_force(model.config), getattr(model, "output_layer", None)
     recipe = arguments.resolve(spec).head_recipe if spec else None
-    if recipe is None or layer is None:
+    if recipe is None or layer is None or isinstance(layer, OutputLayer):
         return
     problem = _problem(layer, recipe)
     if problem:

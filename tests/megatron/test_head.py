@@ -163,6 +163,15 @@ class TestModel:
         assert list(eight.sharded_state_dict()) == list(sixteen.sharded_state_dict())
         assert type(sixteen.output_layer).__name__ == "ColumnParallelLinear" and type(eight.output_layer).__name__ == "OutputLayer"
 
+    def test_patch_and_shim_together_install_it_once(self, groups):
+        from fp8_recipes.megatron import head
+
+        model = head_worker.build("moss:head=fp8")
+        layer, recipe = model.output_layer, model.output_layer.recipe
+        model.config.fp8 = "e4m3"
+        head.install(model)
+        assert model.output_layer is layer and layer.recipe is recipe
+
     @pytest.mark.parametrize("tied", [False, True])
     def test_loss_and_every_gradient_near_those_of_bf16(self, groups, tied):
         torch.manual_seed(1)
