@@ -16,13 +16,21 @@ import sys
 from typing import Any
 
 from ..recipe import RecipeError
+from . import delayed_state
 
+# The limits of TransformerEngine's FP8 attention on Hopper, and where upstream states them: [1] get_attention_backend in TransformerEngine 2.20.2
+# (pytorch/attention/dot_product_attention/utils.py), [2] nvte_get_fused_attn_backend before 2.20 (common/fused_attn/fused_attn.cpp; 2.20 asks cuDNN instead),
+# [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3].
 HEAD = 128
-"""Features per head of cuDNN's FP8 attention in training on Hopper; smaller and larger heads have a forward pass only, or none."""
-SEQUENCE = 128
-"""Sequences are a multiple of this."""
+"""Features per head, of queries, keys and values [2, 3]: the backward pass takes no other, the forward pass up to 256."""
 CUDNN = (9, 2, 1)
-"""First cuDNN with that kernel."""
+"""First cuDNN that TransformerEngine takes [2]."""
+ANY_LENGTH = ((9, 7, 0), 128)
+"""First cuDNN for sequences of any length; before it, multiples of this [2]."""
+BROKEN = (9, 10, 0)
+"""cuDNN with known bugs in this kernel [2, 3]."""
+DETERMINISTIC = (9, 19, 0)
+"""First cuDNN whose backward pass TransformerEngine takes for deterministic [1]."""
 HISTORY = 1024
 """Steps whose maxima delayed scaling looks at, as in the paper; TransformerEngine's algorithm "max"."""
 
@@ -101,7 +109,7 @@ def _checked(args: argparse.Namespace, spec: str) -> list[str]:
 
 def refused(args: argparse.Namespace) -> list[str]:
     """What these (parsed, not yet validated) arguments ask of FP8 attention that it cannot do. One sentence each: flag, reason, way out."""
-    rules = _shapes(args) + _features(args) + _environment() + (_own(args) if args.fp8_recipe != "delayed" else [])
+    rules = _shapes(args) + _features(args) + _environment(args) + (_own(args) if args.fp8_recipe != "delayed" else [])
     return [message for wrong, message in rules if wrong]
 
 
@@ -110,14 +118,17 @@ def _shapes(args: argparse.Namespace) -> list[tuple[Any, str]]:
     if None in (heads, hidden, seq):
         return []  # Megatron names the missing flag itself
     head, grouped = args.kv_channels or hidden // heads, args.group_query_attention and groups
-    tp = args.tensor_model_parallel_size
+    tp, version, (any_length, multiple) = args.tensor_model_parallel_size, cudnn_version(), ANY_LENGTH
     return [
         (
             head != HEAD,
             f"--num-attention-heads {heads} --hidden-size {hidden}: heads of {head} features, and cuDNN trains heads of {HEAD} only; "
             f"use --num-attention-heads {max(1, hidden // HEAD)}, or --kv-channels {HEAD}",
         ),
-        (seq % SEQUENCE, f"--seq-length {seq}: must be a multiple of {SEQUENCE}"),
+        (
+            version is not None and version < any_length and seq % multiple,
+            f"--seq-length {seq}: cuDNN {_dots(version)} takes multiples of {multiple}, and any length from {_dots(any_length)} on",
+        ),
         (grouped and heads % groups, f"--num-query-groups {groups}: {heads} query heads are not a multiple of it; choose a divisor of --num-attention-heads"),
         (grouped and groups < tp, f"--num-query-groups {groups}: fewer than --tensor-model-parallel-size {tp}; give each rank a key head of its own"),
     ]
@@ -125,41 +136,74 @@ def _shapes(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 def _features(args: argparse.Namespace) -> list[tuple[Any, str]]:
     backend = str(getattr(args.attention_backend, "name", args.attention_backend))
+    packed = [flag for flag in ("sft", "dataloader_inter_document_masking") if getattr(args, flag, False)]
+    selective = args.recompute_granularity == "selective" or getattr(args, "recompute_activations", False)
     return [
         (backend not in ("auto", "fused"), f"--attention-backend {backend}: only cuDNN's fused attention trains in FP8; leave the flag out, or use fused"),
         (args.transformer_impl != "transformer_engine", f"--transformer-impl {args.transformer_impl}: use transformer_engine"),
         (args.attention_dropout > 0, f"--attention-dropout {args.attention_dropout}: not tried in FP8; use --attention-dropout 0"),
-        (args.softmax_type != "vanilla", f"--softmax-type {args.softmax_type}: not in FP8; use vanilla"),
-        (getattr(args, "window_size", None) is not None, "--window-size: no sliding window in FP8; drop the flag"),
+        (args.softmax_type != "vanilla", f"--softmax-type {args.softmax_type}: not in FP8 on Hopper; use vanilla"),  # [1]
+        (getattr(args, "window_size", None) is not None, "--window-size: no sliding window in FP8 on Hopper; drop the flag"),  # [1]
         (args.reset_attention_mask, "--reset-attention-mask: FP8 attention knows the causal mask only; drop the flag"),
-        (args.multi_latent_attention, f"--multi-latent-attention: keys and values of different sizes, and FP8 attention takes {HEAD} for both"),
+        (packed, f"--{' --'.join(packed).replace('_', '-')}: packed sequences have no backward pass in FP8 on Hopper; drop the flag"),  # [3]
+        (args.multi_latent_attention, f"--multi-latent-attention: keys and values of different sizes, and FP8 attention takes {HEAD} for both"),  # [3]
         (
             getattr(args, "qk_clip", False) or getattr(args, "log_max_attention_logit", False),
             "--qk-clip / --log-max-attention-logit: FP8 attention does not return its largest logit; drop the flag (FOG bounds it by construction)",
         ),
-    ]
-
-
-def _environment() -> list[tuple[Any, str]]:
-    version = cudnn_version()
-    off = [name for name, value in (("NVTE_FUSED_ATTN", "0"), ("NVTE_DPA_FP8_RECIPE", "F16")) if os.environ.get(name) == value]
-    return [
         (
-            version is not None and version < CUDNN,
-            f"cuDNN {'.'.join(map(str, version or ()))}: FP8 attention came with {'.'.join(map(str, CUDNN))}; pip install -U nvidia-cudnn-cu13 (or -cu12)",
+            selective and "core_attn" in (args.recompute_modules or ["core_attn"]),
+            "--recompute-modules core_attn (the default of selective recompute): Megatron's second forward pass of attention would run in bf16; "
+            "use --recompute-granularity full, or --recompute-modules mlp",
         ),
-        (off, f"{', '.join(f'{name}={os.environ.get(name)}' for name in off)} in the environment turns FP8 attention off; unset it"),
+        (args.first_last_layers_bf16, "--first-last-layers-bf16: attention's maxima are kept by one FP8 region around all layers; drop the flag"),
+        (
+            getattr(args, "non_persistent_ckpt_type", None) == "local",
+            "--non-persistent-ckpt-type local: maxima and scales are kept in persistent and global checkpoints; use global",
+        ),
+        (
+            args.ckpt_format not in delayed_state.FORMATS and (args.save or args.load),
+            f"--ckpt-format {args.ckpt_format}: maxima and scales are kept in {' and '.join(delayed_state.FORMATS)}; use one of these",
+        ),
     ]
+
+
+def _environment(args: argparse.Namespace) -> list[tuple[Any, str]]:
+    version = cudnn_version() or (99,)
+    upgrade = "pip install -U nvidia-cudnn-cu13 (or -cu12)"
+    repeatable = args.deterministic_mode or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+    off = [f"{name}={os.environ[name]}" for name, values in _OFF.items() if os.environ.get(name) in values]
+    return [
+        (version < CUDNN, f"cuDNN {_dots(version)}: FP8 attention came with {_dots(CUDNN)}; {upgrade}"),
+        (version == BROKEN, f"cuDNN {_dots(version)}: known bugs in FP8 attention; {upgrade}"),
+        (
+            repeatable and version < DETERMINISTIC,
+            f"--deterministic-mode / NVTE_ALLOW_NONDETERMINISTIC_ALGO=0: cuDNN {_dots(version)} has no deterministic FP8 attention, "
+            f"{_dots(DETERMINISTIC)} does; {upgrade}",
+        ),
+        (off, f"{', '.join(off)} in the environment turns FP8 attention off, or half of it; unset it"),
+    ]
+
+
+_OFF = {
+    "NVTE_FUSED_ATTN": ("0",),
+    "NVTE_FP8_DPA_BWD": ("0",),
+    "NVTE_DPA_FP8_RECIPE": ("F16", "Float8CurrentScaling", "MXFP8BlockScaling"),
+}
+"""Environment variables of TransformerEngine, and their values, under which FP8 attention would not run as asked on Hopper [1]."""
 
 
 def _own(args: argparse.Namespace) -> list[tuple[Any, str]]:
     """Of this package's recipes with FP8 attention, which ride on TransformerEngine's CustomRecipe."""
     cp = args.context_parallel_size
-    recompute = args.recompute_granularity or getattr(args, "recompute_activations", False)
+    outputs = [name for name in args.recompute_modules or [] if name in ("layernorm", "moe_act")]
     return [
         (cp > 1, f"--context-parallel-size {cp}: TransformerEngine takes custom recipes with FP8 attention on one rank's sequence only; use --fp8-recipe fog"),
-        (recompute, "--recompute-granularity: the second forward pass would enter attention's maxima twice; drop the flag, or use --fp8-recipe fog"),
-        (args.first_last_layers_bf16, "--first-last-layers-bf16: attention's maxima are kept by one FP8 region around all layers; drop the flag"),
+        (
+            args.recompute_granularity == "selective" and outputs,
+            f"--recompute-modules {' '.join(outputs)}: would move attention's maxima on at every layer (Megatron refuses it for delayed scaling too); "
+            "use mlp, or --recompute-granularity full",
+        ),
         (getattr(args, "te_precision_config_file", None), "--te-precision-config-file: not tried with FP8 attention; drop the flag"),
     ]
 
@@ -170,3 +214,7 @@ def cudnn_version() -> tuple[int, int, int] | None:
 
     number = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return None if number is None else (number // 10000, number // 100 % 100, number % 100)
+
+
+def _dots(version: tuple[int, ...] | None) -> str:
+    return ".".join(map(str, version or ()))

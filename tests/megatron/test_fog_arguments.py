@@ -153,7 +153,6 @@ class TestAttention:
             ("--fp8-recipe fog --fp8-format e4m3", r"--fp8-format e4m3: fog has grad=e5m2; .* fog:grad=e4m3"),
             ("--fp8-recipe fog --num-attention-heads 4", r"heads of 64 features, and cuDNN trains heads of 128 only; use --num-attention-heads 2"),
             ("--fp8-recipe fog --kv-channels 256", r"heads of 256 features"),
-            ("--fp8-recipe fog --seq-length 192", r"--seq-length 192: must be a multiple of 128"),
             ("--fp8-recipe fog --num-attention-heads 6 --kv-channels 128 --group-query-attention --num-query-groups 4", r"--num-query-groups 4: 6 query heads"),
             ("--fp8-recipe fog --group-query-attention --num-query-groups 1 --tensor-model-parallel-size 2", r"--num-query-groups 1: fewer than"),
             ("--fp8-recipe fog --attention-backend flash", r"--attention-backend flash: only cuDNN's fused attention trains in FP8"),
@@ -162,7 +161,16 @@ class TestAttention:
             ("--fp8-recipe fog --reset-attention-mask", r"--reset-attention-mask"),
             ("--fp8-recipe fog --transformer-impl local", r"--transformer-impl local"),
             ("--fp8-recipe moss:attention=fp8 --context-parallel-size 2", r"--context-parallel-size 2: .* use --fp8-recipe fog"),
-            ("--fp8-recipe moss:attention=fp8 --recompute-granularity full", r"--recompute-granularity: .* use --fp8-recipe fog"),
+            (
+                "--fp8-recipe fog --recompute-activations",
+                r"core_attn \(the default of selective recompute\): .* attention would run in bf16",
+            ),
+            ("--fp8-recipe fog --recompute-granularity selective --recompute-modules mlp core_attn", r"core_attn .* use --recompute-granularity full"),
+            ("--fp8-recipe moss:attention=fp8 --recompute-granularity selective --recompute-modules layernorm", r"--recompute-modules layernorm: .* use mlp"),
+            ("--fp8-recipe fog --first-last-layers-bf16", r"--first-last-layers-bf16: attention's maxima"),
+            ("--fp8-recipe fog --sft", r"--sft: packed sequences have no backward pass in FP8 on Hopper"),
+            ("--fp8-recipe fog --save x --ckpt-format torch_dcp", r"--ckpt-format torch_dcp: .* torch_dist and torch"),
+            ("--fp8-recipe fog --non-persistent-ckpt-type local", r"--non-persistent-ckpt-type local: .* use global"),
             ("--fp8-recipe moss:attention=fp8 --first-last-layers-bf16", r"--first-last-layers-bf16"),
         ],
     )
@@ -173,13 +181,41 @@ class TestAttention:
         with pytest.raises(RecipeError, match=words):
             attention_arguments.prepare(args)
 
-    def test_old_cudnn_and_environment_are_named(self, parse, plain, monkeypatch):
+    @pytest.mark.parametrize("flags", ["--recompute-granularity full --recompute-method uniform", "--recompute-granularity selective --recompute-modules mlp"])
+    @pytest.mark.parametrize("recipe", ["fog", "moss:attention=fp8"])
+    def test_recompute_of_whole_layers_and_mlps_is_taken(self, parse, plain, recipe, flags):
         from fp8_recipes.megatron import attention_arguments
 
-        monkeypatch.setattr(attention_arguments, "cudnn_version", lambda: (9, 1, 0))
-        monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", "F16")
-        with pytest.raises(RecipeError, match=r"(?s)cuDNN 9\.1\.0: FP8 attention came with 9\.2\.1.*NVTE_DPA_FP8_RECIPE=F16 in the environment"):
-            attention_arguments.prepare(parse(f"--fp8-recipe fog {HEADS_OF_128}", base=plain))
+        attention_arguments.prepare(parse(f"--fp8-recipe {recipe} {HEADS_OF_128} {flags}", base=plain))
+
+    @pytest.mark.parametrize(
+        ("version", "variable", "flags", "words"),
+        [
+            ((9, 1, 0), "", "", r"cuDNN 9\.1\.0: FP8 attention came with 9\.2\.1"),
+            ((9, 10, 0), "", "", r"cuDNN 9\.10\.0: known bugs"),
+            ((9, 6, 0), "", "--seq-length 192", r"--seq-length 192: cuDNN 9\.6\.0 takes multiples of 128, and any length from 9\.7\.0 on"),
+            ((9, 18, 1), "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0", "", r"cuDNN 9\.18\.1 has no deterministic FP8 attention, 9\.19\.0 does"),
+            ((9, 18, 1), "", "--deterministic-mode", r"--deterministic-mode .* 9\.19\.0 does"),
+            ((9, 19, 0), "NVTE_DPA_FP8_RECIPE=F16", "", r"NVTE_DPA_FP8_RECIPE=F16 in the environment"),
+            (None, "NVTE_FP8_DPA_BWD=0", "", r"NVTE_FP8_DPA_BWD=0 in the environment turns FP8 attention off, or half of it"),
+        ],
+    )
+    def test_cudnn_and_environment_that_cannot_are_named(self, parse, plain, monkeypatch, version, variable, flags, words):
+        from fp8_recipes.megatron import attention_arguments
+
+        monkeypatch.setattr(attention_arguments, "cudnn_version", lambda: version)
+        if variable:
+            monkeypatch.setenv(*variable.split("="))
+        with pytest.raises(RecipeError, match=words):
+            attention_arguments.prepare(parse(f"--fp8-recipe fog {HEADS_OF_128} {flags}", base=plain))
+
+    @pytest.mark.parametrize("version", [(9, 19, 0), None])
+    def test_sequences_of_any_length_and_deterministic_mode_with_a_new_cudnn(self, parse, plain, monkeypatch, version):
+        from fp8_recipes.megatron import attention_arguments
+
+        monkeypatch.setattr(attention_arguments, "cudnn_version", lambda: version)
+        monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        assert attention_arguments.prepare(parse(f"--fp8-recipe fog {HEADS_OF_128} --seq-length 192", base=plain))
 
     def test_maxima_move_on_once_per_step_and_not_per_layer(self, parse, monkeypatch):
         """One FP8 region around all layers: TransformerEngine updates every delayed scale when an outermost region ends."""
