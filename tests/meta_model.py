@@ -15,7 +15,7 @@ def reports(*flags: str) -> list[list[str]]:
     """The lines of the precision table of each model, white space folded, and last "TRACKED" and the number of FP8 weights."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "RANK": "0", "WORLD_SIZE": "1"}
-    given = [f"{f} --init-model-with-meta-device --no-rope-fusion" for f in flags]
+    given = [f"{f} --no-rope-fusion" for f in flags]
     done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [[" ".join(line.split()) for line in report.splitlines()] for report in json.loads(done.stdout.splitlines()[-1])]

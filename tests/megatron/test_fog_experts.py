@@ -1,0 +1,179 @@
+"""FOG with experts under fp8_flow_moe: the released wheel's GPTModel on the CPU, its loss and every gradient beside Megatron's own experts in bf16."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+
+import fog_models as models  # noqa: E402
+import moe_layers as layers  # noqa: E402
+from assertions import snr_db  # noqa: E402
+from meta_model import reports  # noqa: E402
+
+from fp8_recipes import RecipeError  # noqa: E402
+from fp8_recipes.architecture import from_name  # noqa: E402
+from fp8_recipes.megatron import fog, moe  # noqa: E402
+
+EXPERTS, EXPERT_FFN = 8, 96
+SNR = 19.0
+"""dB that a gradient keeps through two layers, each of five E4M3 operands in a row (24.5 dB, docs/numerics.md) behind post-norms that raise small branches."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    layers.initialise()
+    yield
+    layers.finish()
+
+
+def build(architecture, recipe: str | None):
+    """GPTModel whose attention is Megatron's local one in bf16 and whose experts are TransformerEngine's grouped linears, in the FP8 flow or, without a recipe,
+    by `moe_layers.StockExperts`."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    config = models.config_of(
+        architecture,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=EXPERTS,  # of so few tokens, one that goes elsewhere for a rounding in the layer before would be most of the difference
+        moe_ffn_hidden_size=EXPERT_FFN,
+        moe_grouped_gemm=True,
+        moe_token_dispatcher_type="alltoall" if recipe else "allgather",
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        expert_tensor_parallel_size=1,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        fp8_recipe=recipe or "delayed",
+    )
+    spec = fog.block_spec(architecture, config)
+    experts = get_moe_module_spec(use_te=True, num_experts=EXPERTS, moe_grouped_gemm=True)
+    spec = replace(spec, layer_specs=[replace(s, submodules=replace(s.submodules, mlp=experts)) for s in spec.layer_specs])
+    torch.manual_seed(0)
+    with models.on_cpu(experts=True), layers.pretend_gpu():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=models.VOCAB,
+            max_sequence_length=models.SEQ,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+        ).bfloat16()
+    return model
+
+
+def run(model):
+    """(loss, gradients by name)."""
+    with models.on_cpu(experts=True), layers.on_cpu():
+        loss = models.run(model, *models.batch()).float().mean()
+        loss.backward()
+    return loss.detach(), {n.replace("experts.experts.", "experts."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", ["fog-flash", "fog-opt", "op"])
+@pytest.mark.parametrize("recipe", ["fp8_flow_moe:dense=bf16", "fp8_flow_moe:dense=bf16,moe_saved=activation"])
+def test_loss_and_every_gradient_are_those_of_stock_experts(name, recipe, monkeypatch):
+    taken = []
+    experts = moe.moe_experts
+
+    def spy(x, *args, **kwargs):
+        taken.append(kwargs["activation"])
+        return experts(x, *args, **kwargs)
+
+    monkeypatch.setattr(moe, "moe_experts", spy)
+    architecture = from_name(name)
+    ours, stock = build(architecture, recipe), build(architecture, None)
+    stock.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for layer in stock.decoder.layers:
+        layer.mlp.experts = layers.StockExperts(layer.mlp.experts)
+    assert not any("layernorm" in key and "weight" in key for key in ours.state_dict() if "q_" not in key and "k_" not in key), "no norm in front of anything"
+    (loss, gradients), (expected_loss, expected) = run(ours), run(stock)
+    assert taken == ["gelu"] * models.LAYERS, "our model's layers took our way, the other's did not"
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    assert gradients.keys() == expected.keys()
+    compared = 0
+    for key, truth in expected.items():
+        if truth is None or not truth.any():
+            assert gradients[key] is None or not gradients[key].any(), key
+        elif truth.numel() > 1:
+            assert snr_db(truth, gradients[key]) > SNR, f"{key}: {snr_db(truth, gradients[key]):.1f} dB"
+            compared += 1
+    assert compared > models.LAYERS * 8
+    for index, layer in enumerate(ours.decoder.layers):
+        gain = gradients[f"decoder.layers.{index}.mlp_bda.post.weight"]
+        assert gain.abs().sum() > 0 and moe.describe(layer.mlp).endswith("gelu without a gate")
+
+
+MOE = (
+    "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 128 --moe-grouped-gemm --moe-token-dispatcher-type alltoall --moe-router-dtype fp32 "
+    "--moe-aux-loss-coeff 1e-2"
+)
+
+
+@pytest.fixture
+def plain(base_flags):
+    return base_flags.replace("--swiglu ", "").replace("--normalization RMSNorm ", "")
+
+
+def test_reports_of_real_models_say_what_runs(plain):
+    """GPTModel of the released wheel from the launcher's own path: FOG-flash with a dense first layer and shared experts, FOG-opt with experts alone."""
+    shared = "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256"
+    lines, alone = reports(f"{plain} {MOE} {shared} --fog flash --fp8-recipe fp8_flow_moe", f"{plain} {MOE} --fog opt --fp8-recipe fp8_flow_moe:dense=bf16")
+    flow = "8 local experts as one FP8 function from router to combined output; no dispatch (one rank); kept for backward: h; gelu without a gate"
+    for expected in (
+        "decoder.layers.*.mlp.linear_fc1 1 768x256 FP8 moss",
+        "decoder.layers.*.mlp.router 2-4 8x256 bf16, products in fp32",
+        "decoder.layers.*.mlp.experts.linear_fc1 2-4 8 of 192x256 FP8 fp8_flow_moe",
+        "decoder.layers.*.mlp.experts.linear_fc2 2-4 8 of 256x192 FP8 fp8_flow_moe",
+        "decoder.layers.*.mlp.shared_experts.linear_fc1 2-4 384x256 FP8 moss",
+        "decoder.layers.*.mlp_bda.post 1-4 256 bf16 (norm)",
+        f"MoE layers 2-4: {flow}",
+        "4 MLPs: in FP8 layers fc1, activation and fc2 as one function",
+        "TRACKED 64",  # 4 attentions, 1 dense FFN and 3 shared ones of 2 linears each, 3 layers of 8 experts with 2
+    ):
+        assert expected in lines, expected
+    assert lines[1].startswith("fog-flash(pre_norm=false") and lines[2].startswith("fp8_flow_moe(") and lines[3].startswith("other layers: moss(")
+    assert not any("pre_mlp_layernorm" in line or "input_layernorm" in line or "final_layernorm" in line for line in lines + alone)
+    assert f"MoE layers 1-4: {flow}" in alone and "decoder.layers.*.self_attention.linear_qkv 1-4 768x256 bf16" in alone
+
+
+@pytest.mark.parametrize(
+    ("flags", "widths"),
+    [
+        ("--fog flash", (768, 192, None)),
+        ("--fog opt --moe-shared-expert-intermediate-size 256", (768, 192, 384)),
+        ("--fog opt --ffn-width-factor 1 --moe-shared-expert-intermediate-size 256", (512, 128, 256)),
+        ("--arch op --fp8-recipe fp8_flow_moe:dense=row", (768, 192, None)),
+        ("--arch olmo2", (512, 128, None)),
+        ("", (512, 128, None)),
+    ],
+)
+def test_architecture_and_recipe_configure_together(configure, plain, monkeypatch, flags, widths):
+    """(dense FFN, experts, shared experts). Without an architecture and without --swiglu: Megatron's plain GeLU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))  # --moe-grouped-gemm asks
+    args, container = configure(f"--fp8-recipe fp8_flow_moe {MOE} {flags}", base=plain)
+    config = container.model.transformer
+    assert (config.ffn_hidden_size, config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == widths
+    assert moe.activation_of(config) == ("swiglu" if "olmo2" in flags else "gelu")
+    assert args.fp8_recipe.startswith("fp8_flow_moe")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--fog max", r"--num-experts 8: xielu has a trained pair of numbers, which is not built for experts"),
+        ("--arch smooth-swiglu", r"--num-experts 8: smooth_swiglu has a factor per token"),
+        ("--fog flash --moe-ffn-hidden-size 136", r"--moe-ffn-hidden-size is 204: FP8 products need multiples of 16"),
+        ("--fog flash --use-te-activation-func", r"--use-te-activation-func: TransformerEngine's GeLU is the tanh approximation"),
+    ],
+)
+def test_what_experts_cannot_do_is_refused_at_start(configure, plain, flags, words):
+    with pytest.raises(RecipeError, match=words):
+        configure(f"--fp8-recipe fp8_flow_moe {MOE} {flags}", base=plain)

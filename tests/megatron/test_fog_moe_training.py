@@ -1,0 +1,55 @@
+"""Real training of FOG with experts through scripts/launch.sh on GPUs: GeLU experts in the FP8 flow beside bf16, which way ran, recompute, resume, two GPUs."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from megatron_runs import assert_near, one_gpu, resume, two_gpus  # noqa: E402
+
+MODEL = "fog_moe_tiny"
+FLAGS = "--ckpt-format torch_dist"
+FLOW = "local experts as one FP8 function from router to combined output"
+SHARED = "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256"
+
+
+class TestOneGpu:
+    pytestmark = one_gpu
+
+    @pytest.mark.parametrize(
+        ("recipe", "flags"),
+        [
+            ("fp8_flow_moe", ""),
+            ("fp8_flow_moe:moe_saved=activation,grad=e5m2", ""),
+            ("fp8_flow_moe", SHARED),
+            ("fp8_flow_moe", "--recompute-granularity selective --recompute-modules moe"),
+        ],
+    )
+    def test_recipe_learns_as_bf16(self, train, recipe, flags):
+        losses, log = train(recipe, flags)
+        assert_near(losses, train("bf16", flags if flags == SHARED else "")[0])
+        assert "fog-flash(" in log
+        first = 2 if flags == SHARED else 1
+        kept = "activation" if "activation" in recipe else "input" if "recompute" in flags else "h"
+        assert f"MoE layers {first}-4: 8 {FLOW}; no dispatch (one rank); kept for backward: {kept}; gelu without a gate" in log
+        if flags == SHARED:
+            assert "4 MLPs: in FP8 layers fc1, activation and fc2 as one function" in log
+
+    def test_opt_learns_as_bf16(self, train):
+        losses, log = train("fp8_flow_moe", "--fog opt")
+        assert_near(losses, train("bf16", "--fog opt")[0])
+        assert "fog-opt(" in log and f"MoE layers 1-4: 8 {FLOW}" in log
+
+    def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
+        resume(workspace / "resume", "fp8_flow_moe", MODEL=MODEL)
+
+
+class TestTwoGpus:
+    pytestmark = two_gpus
+
+    @pytest.mark.parametrize("layout", ["--expert-model-parallel-size 2", "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"])
+    def test_parallel_run_learns_as_bf16(self, train, layout):
+        losses, log = train("fp8_flow_moe", layout, gpus=2)
+        assert_near(losses, train("bf16", layout, gpus=2)[0])
+        assert ("4 " if "expert-model" in layout else "8 ") + FLOW in log
