@@ -41,15 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     except (ImportError, RuntimeError) as error:  # something is missing or of an untested version
         sys.exit(f"fp8_recipes: {error}")
     try:
-        args, container = configure()
+        _, container = configure()
     except RecipeError as error:  # asked for something that cannot be honoured
         sys.exit(f"fp8_recipes: {error}")
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
 
     set_startup_timestamps(program_start=start, main_entry=time.time())
-    if args.fp8_log:
-        report.install_log(args.fp8_log)
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron's contract: the builder decides itself which ranks hold data
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)

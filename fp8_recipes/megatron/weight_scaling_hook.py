@@ -63,7 +63,9 @@ def reanchor_all() -> None:
 
 
 def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> WeightScaling | None:
-    """Print what runs in which precision, start automatic weight scaling if a recipe in use predicts (returns its clock), and the metrics if asked for."""
+    """Print what runs in which precision, start automatic weight scaling if a recipe in use predicts (returns its clock), log and metrics if asked for."""
+    if getattr(args, "fp8_log", None):
+        report.install_log(args.fp8_log)
     chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     specs = specs_in_use(args)
     clock = _start_scaling(args, chunks, optimizer, specs) if specs else None

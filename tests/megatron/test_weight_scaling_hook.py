@@ -232,6 +232,16 @@ def test_precision_file_alone_starts_the_clock(monkeypatch, hook, tmp_path):
     assert hook.on_model_and_optimizer(args, torch.nn.Sequential(Linear(8, 4)), Wrapped(adam(1e-3))).interval == 500
 
 
+def test_log_is_written_under_every_launcher(monkeypatch, hook, tmp_path):
+    """--fp8-log begins with the optimizer and not with this package's launcher, so that the adaptor's import line is enough."""
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "training_log", stock := training.training_log)
+    assert hook.on_model_and_optimizer(arguments_of("tensorwise", fp8_log=None), [], None) is None and training.training_log is stock
+    hook.on_model_and_optimizer(arguments_of("tensorwise", fp8_log=str(tmp_path / "logs" / "run.jsonl")), [], None)
+    assert training.training_log.__wrapped__ is stock and (tmp_path / "logs").is_dir()
+
+
 def test_save_and_load_reanchor(monkeypatch, hook):
     from megatron.training import checkpointing, training
 
