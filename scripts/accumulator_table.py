@@ -23,7 +23,8 @@ LENGTHS, PROMOTE, WIDTH = (2048, 8192, 65536), (0, 4096, 2048, 1024), 16
 
 
 def exponent(v: torch.Tensor) -> torch.Tensor:
-    return torch.frexp(v)[1].double() - 1
+    """Of zero: one that no term has to be aligned to."""
+    return torch.where(v == 0, -1000.0, torch.frexp(v)[1].double() - 1)
 
 
 def cut(v: torch.Tensor, top: torch.Tensor) -> torch.Tensor:

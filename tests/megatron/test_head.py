@@ -319,3 +319,44 @@ def test_start_report_names_the_head(base_flags):
     assert "output_layer - 256x256 FP8 moss, dy e5m2" in first and "embedding.word_embeddings - 256x256 bf16" in first
     assert "TRACKED 17" in first, "four linears in each of four layers, and the head"
     assert "output_layer (weight of the embedding) - 256x256 FP8 moss, dy e5m2" in second and "TRACKED 17" in second
+
+
+@pytest.mark.gpu
+def test_gpu_dgrad_over_a_vocabulary():
+    """A softmax's gradient, few large terms and tens of thousands of small ones: exact to a percent in the promoted accumulator, far off in the fast one, as the
+    model of it says (docs/recipes.md: 0.3 % and 23 %)."""
+    from fp8_recipes.nn import products
+
+    generator = torch.Generator().manual_seed(0)
+    recipe, tokens, vocabulary, hidden = from_name("moss:head=fp8").head_recipe, 512, 32000, 256
+    frequency = (1 / (torch.arange(vocabulary) + 3.7)).log()
+    p = torch.softmax(frequency + 1.5 * torch.randn(tokens, vocabulary, generator=generator), dim=1)
+    p[torch.arange(tokens), torch.multinomial(p, 1, generator=generator)[:, 0]] -= 1
+    weight = (torch.randn(vocabulary, hidden, generator=generator) + frequency[:, None] / 8).bfloat16().cuda()
+    dq = products.quantize_grad((p / tokens).bfloat16().cuda(), recipe)
+    operand = products.weight_operand(weight, recipe)
+    exact = dequantize(dq).double() @ dequantize(operand.row()).double()
+    promoted, fast = ((products.dgrad(dq, operand, promote=n).double() - exact).norm() / exact.norm() for n in (2048, 0))
+    assert promoted < 1e-2 < fast, f"relative error {promoted:.1e} promoted, {fast:.1e} fast"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32000, 102400])
+def test_gpu_products_at_the_width_of_a_vocabulary(vocabulary):
+    """Kernels against the reference's formulas where rows are wider than anywhere else: in registers up to 32768, in two reads beyond."""
+    from fp8_recipes import ops
+    from fp8_recipes.nn import products
+
+    recipe, tokens, hidden = from_name("moss:head=fp8").head_recipe, 256, 128
+    generator = torch.Generator().manual_seed(0)
+    dlogits = torch.randn(tokens, vocabulary, generator=generator).mul(4).exp().bfloat16()
+    q = products.quantize_grad(dlogits.cuda(), recipe)
+    expected = quantize(dlogits, "micro", recipe.grad_format, fold="row")
+    for name in ("payload", "scale", "tile_exponent"):
+        got, want = getattr(q, name).cpu(), getattr(expected, name)
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
+    assert torch.equal(ops.fold_transpose(q).payload.cpu().view(torch.uint8), fold_transpose(expected).payload.view(torch.uint8))
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16().cuda()
+    main_grad = torch.ones(vocabulary, hidden, device="cuda")
+    products.wgrad(q, products.quantize_activation(x, recipe), recipe, out=main_grad, accumulate=True)
+    assert snr(main_grad - 1, dlogits.cuda().double().t() @ x.double()) > 20
