@@ -49,8 +49,15 @@ class TestOneGpu:
         assert lines and all(fp8 in line for line in lines), lines
         assert fp8 not in train("moss", "--fog flash")[1]
 
-    def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
-        resume(workspace / "resume", "moss", MODEL=MODEL, EXTRA="--fog max")
+    @pytest.mark.parametrize(("recipe", "delayed"), [("moss", 0), ("fog", 20), ("moss:attention=fp8", 4)])
+    def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace, recipe, delayed):
+        """delayed: modules whose maxima and scales are resumed. An evaluation just before the save leaves maxima of its own in their histories."""
+        out = workspace / f"resume_{recipe.replace(':', '_')}"
+        resume(out, recipe, MODEL=MODEL, EXTRA="--fog max --eval-iters 1 --eval-interval 5")
+        line = f"fp8_recipes: maxima and scales of {delayed} modules under delayed scaling as saved"
+        assert (line in (out / "resumed.log").read_text()) == bool(delayed)
+        anew = "holds no maxima of delayed scaling"
+        assert (anew in (out / "back.log").read_text()) == bool(delayed), "from bf16"
 
 
 class TestTwoGpus:
