@@ -118,8 +118,8 @@ class Recipe:
     def _check_stock(self) -> None:
         if self.attention == "fp8" and not self.quantize:
             raise RecipeError(f"recipe {self.name!r}: attention=fp8 runs inside an FP8 recipe; use quantize=true, or attention=bf16")
-        if self.attention == "fp8" and (self.dense or self.moe != "none"):
-            raise RecipeError(f"recipe {self.name!r}: attention=fp8 was not tried with experts (moe, dense); use attention=bf16")
+        if self.attention == "fp8" and self.dense and not RECIPES[self.dense].quantize:
+            raise RecipeError(f"recipe {self.name!r}: attention=fp8 runs inside the other layers' FP8 recipe, and dense={self.dense} has none; use dense=moss")
         own = [f for f in fields(self) if f.name not in ("name", "attention", "stock", "grad", "activation", "weight")] if self.stock else []
         for f in own:
             if getattr(self, f.name) != f.default:
@@ -147,11 +147,13 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r}: dense={self.dense!r} is not one of {', '.join(RECIPES)}{_near(self.dense, tuple(RECIPES))}")
         if self.dense and RECIPES[self.dense].moe != "none":
             raise RecipeError(f"recipe {self.name!r}: dense={self.dense!r} is itself a recipe for experts; name the one for the other layers, for example moss")
+        if self.dense and RECIPES[self.dense].stock:
+            raise RecipeError(f"recipe {self.name!r}: dense={self.dense} leaves its layers to TransformerEngine's own scaling; use dense=moss,attention=fp8")
 
     @property
     def dense_recipe(self) -> Recipe:
-        """What every layer outside the experts runs, with this recipe's interval: one optimizer has one clock for its predicted scales."""
-        return RECIPES[self.dense].with_overrides(interval=self.interval) if self.dense else self
+        """What every layer outside the experts runs, with this recipe's attention, and its interval: one optimizer has one clock for its predicted scales."""
+        return RECIPES[self.dense].with_overrides(interval=self.interval, attention=self.attention) if self.dense else self
 
     @property
     def head_recipe(self) -> Recipe | None:

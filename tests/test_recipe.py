@@ -49,6 +49,7 @@ def test_head_runs_what_the_other_layers_run_with_e5m2_gradients() -> None:
     assert from_name("fp8_flow_moe:head=fp8,interval=7,weight_cache=row").head_recipe == from_name("moss:interval=7,grad=e5m2")
     assert from_name("fp8_flow_moe:head=fp8,dense=row").head_recipe == from_name("row:grad=e5m2")
     assert from_name("moss:attention=fp8,head=fp8").attention == "fp8"
+    assert from_name("fp8_flow_moe:attention=fp8").dense_recipe == from_name("moss:attention=fp8")
 
 
 def test_overrides_are_typed() -> None:
@@ -92,7 +93,8 @@ def test_overrides_are_typed() -> None:
         ("fp8_flow_moe:wgrad_fold=tensor", r"it needs wgrad_fold=column_block, or use moe=none"),
         ("bf16:moe=flow", r"it needs quantize=True, or use moe=none"),
         ("bf16:attention=fp8", r"attention=fp8 runs inside an FP8 recipe; use quantize=true, or attention=bf16"),
-        ("fp8_flow_moe:attention=fp8", r"attention=fp8 was not tried with experts"),
+        ("fp8_flow_moe:dense=bf16,attention=fp8", r"attention=fp8 runs inside the other layers' FP8 recipe, and dense=bf16 has none; use dense=moss"),
+        ("fp8_flow_moe:dense=fog", r"dense=fog leaves its layers to TransformerEngine's own scaling; use dense=moss,attention=fp8"),
         ("fog:interval=200", r"interval=200 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
         ("moss:head=fp16", r"head='fp16' is not one of bf16, fp8 \(did you mean"),
         ("bf16:head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use moss:head=fp8, or head=bf16"),

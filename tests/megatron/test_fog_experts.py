@@ -18,7 +18,7 @@ from meta_model import reports  # noqa: E402
 
 from fp8_recipes import RecipeError  # noqa: E402
 from fp8_recipes.architecture import from_name  # noqa: E402
-from fp8_recipes.megatron import fog, moe  # noqa: E402
+from fp8_recipes.megatron import arguments, fog, moe  # noqa: E402
 
 EXPERTS, EXPERT_FFN = 8, 96
 SNR = 19.0
@@ -163,6 +163,19 @@ def test_architecture_and_recipe_configure_together(configure, plain, monkeypatc
     assert (config.ffn_hidden_size, config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == widths
     assert moe.activation_of(config) == ("swiglu" if "olmo2" in flags else "gelu")
     assert args.fp8_recipe.startswith("fp8_flow_moe")
+
+
+@pytest.mark.parametrize("recipe", ["fp8_flow_moe:attention=fp8", "fp8_flow_moe --fp8-attention"])
+def test_attention_in_fp8_beside_experts(configure, plain, monkeypatch, recipe):
+    """Every product of the block: experts in the flow, linears under moss, attention in TransformerEngine's FP8."""
+    from megatron.core import fp8_utils
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    args, container = configure(f"--fog flash --fp8-recipe {recipe} {MOE} --num-attention-heads 2", base=plain)
+    assert args.fp8_recipe == "fp8_flow_moe:attention=fp8" and arguments.fp8_attention(args)
+    built = fp8_utils.get_fp8_recipe(container.model.transformer)
+    assert built.fp8_dpa and (built.qfactory.recipe.name, built.qfactory.recipe.moe) == ("moss", "none")
 
 
 @pytest.mark.parametrize(

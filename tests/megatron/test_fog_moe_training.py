@@ -23,6 +23,7 @@ class TestOneGpu:
             ("fp8_flow_moe", ""),
             ("fp8_flow_moe:moe_saved=activation,grad=e5m2", ""),
             ("fp8_flow_moe", SHARED),
+            ("fp8_flow_moe:attention=fp8", ""),
             ("fp8_flow_moe", "--recompute-granularity selective --recompute-modules moe"),
         ],
     )
@@ -31,6 +32,7 @@ class TestOneGpu:
         assert_near(losses, train("bf16", flags if flags == SHARED else "")[0])
         assert "fog-flash(" in log
         first = 2 if flags == SHARED else 1
+        assert ("FP8 (attention)" in log) == ("attention=fp8" in recipe)
         kept = "activation" if "activation" in recipe else "input" if "recompute" in flags else "h"
         assert f"MoE layers {first}-4: 8 {FLOW}; no dispatch (one rank); kept for backward: {kept}; gelu without a gate" in log
         if flags == SHARED:
