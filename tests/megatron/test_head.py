@@ -323,8 +323,8 @@ def test_start_report_names_the_head(base_flags):
 
 @pytest.mark.gpu
 def test_gpu_dgrad_over_a_vocabulary():
-    """A softmax's gradient, few large terms and tens of thousands of small ones: exact to a percent in the promoted accumulator, far off in the fast one, as the
-    model of it says (docs/recipes.md: 0.3 % and 23 %)."""
+    """A softmax's gradient, few large terms and tens of thousands of small ones: exact to a percent in the promoted accumulator, far off in the fast one, as
+    the model of it says (docs/recipes.md: 0.3 % and 23 %)."""
     from fp8_recipes.nn import products
 
     generator = torch.Generator().manual_seed(0)
