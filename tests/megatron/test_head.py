@@ -295,6 +295,26 @@ class TestRefusals:
             head_worker.build("moss:head=fp8", vocab=72)
         assert head_worker.build("moss", vocab=72).output_layer.weight.shape[0] == 72
 
+    @pytest.mark.parametrize(
+        ("recipe", "attribute", "value", "words"),
+        [
+            ("moss", "bias", torch.zeros(1), "has no bias"),
+            ("moss", "gtp_remat_size", 2, "hold its rows of the vocabulary whole"),
+            ("moss_exact", "sequence_parallel", True, "global_scale=measured is one scale for all; use global_scale=unit"),
+        ],
+    )
+    def test_output_layer_that_it_cannot_run(self, groups, recipe, attribute, value, words):
+        from fp8_recipes.megatron import head
+
+        model = head_worker.build(recipe)
+        model.config.fp8, model.config.fp8_recipe = "e4m3", f"{recipe}:head=fp8"
+        layer = model.output_layer
+        delattr(layer, attribute)
+        setattr(layer, attribute, value)
+        with pytest.raises(RecipeError, match=f"{words}.*, or head=bf16"):
+            head.install(model)
+        assert model.output_layer is layer and type(layer).__name__ == "ColumnParallelLinear"
+
     def test_output_layer_of_another_kind(self, groups):
         from fp8_recipes.megatron import head
 
