@@ -65,8 +65,8 @@ def split(path: str, mark: str, *parts: tuple[str, int, str]) -> list[Group]:
     return [*(Group(n, mark, (path,), s, words) for n, s, words in chosen), Group(name, mark, (path,), seconds, rest)]
 
 
-TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_"))
-DENSE, MOE, FOG = TRAINING
+TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_"))
+DENSE, MOE, FOG, FOG_MOE = TRAINING
 APART = tuple(f"--ignore={path}" for path in TRAINING)
 GROUPS = [
     *split("tests/kernels", "gpu", ("kernels-products", 100, "gemm.py or swiglu.py or xielu.py or gelu.py or tanh.py"), ("kernels", 100, "")),
@@ -98,6 +98,7 @@ GROUPS = [
         ("fog-resume", trainings(4), "resume"),
         ("fog-baselines", trainings(4), ""),
     ),
+    *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", trainings(6), "")),
     *split(
         DENSE, "multi_gpu",
         ("dense-2-tp", trainings(4), "tensor-model"), ("dense-2-resume", trainings(4), "resume"), ("dense-2-pp-dp", trainings(4), ""),
@@ -117,6 +118,7 @@ GROUPS = [
         ("fog-2-pp", trainings(3), "pipeline"),
         ("fog-2-dp", trainings(3), ""),
     ),
+    Group("fog-2-moe", "multi_gpu", (FOG_MOE,), trainings(4)),
 ]  # fmt: skip
 
 
