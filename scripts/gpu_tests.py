@@ -27,8 +27,8 @@ import gpu_machine
 from gpu_machine import ROOT
 
 CORES_PER_GPU = 16
-PROCESSES_PER_GPU = 8
-"""With 16 cores a GPU; fewer where there are fewer cores. Sixteen on two GPUs with 32 cores ran in seven minutes."""
+PROCESSES_PER_GPU = 12
+"""With 16 cores a GPU; fewer where there are fewer cores. A training keeps one core busy and a few GB of the GPU; so many at once have run."""
 FIRST_PORT = 29600
 COLUMNS = ("group", "result", "command", "commit", "date", "closing_line", "seconds")
 
@@ -65,8 +65,8 @@ def split(path: str, mark: str, *parts: tuple[str, int, str]) -> list[Group]:
     return [*(Group(n, mark, (path,), s, words) for n, s, words in chosen), Group(name, mark, (path,), seconds, rest)]
 
 
-TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_"))
-DENSE, MOE, FOG, FOG_MOE = TRAINING
+TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_", "head_"))
+DENSE, MOE, FOG, FOG_MOE, HEAD = TRAINING
 APART = tuple(f"--ignore={path}" for path in TRAINING)
 GROUPS = [
     *split("tests/kernels", "gpu", ("kernels-products", 100, "gemm.py or swiglu.py or xielu.py or gelu.py or tanh.py"), ("kernels", 100, "")),
@@ -95,10 +95,16 @@ GROUPS = [
         ("fog-opt", trainings(5), "opt]"),
         ("fog-max", trainings(5), "max]"),
         ("fog-options", trainings(6), "option_changes"),
-        ("fog-resume", trainings(4), "resume"),
+        ("fog-resume", trainings(4), "resume and moss and not attention"),
+        ("fog-resume-attention", trainings(4), "resume and attention"),
+        ("fog-resume-delayed", trainings(4), "resume and not moss"),
         ("fog-baselines", trainings(4), ""),
     ),
     *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", trainings(6), "")),
+    *split(
+        HEAD, "gpu",
+        ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(5), "option_changes"), ("head-resume", trainings(6), ""),
+    ),
     *split(
         DENSE, "multi_gpu",
         ("dense-2-tp", trainings(4), "tensor-model"), ("dense-2-resume", trainings(4), "resume"), ("dense-2-pp-dp", trainings(4), ""),
@@ -119,7 +125,9 @@ GROUPS = [
         ("fog-2-dp", trainings(3), ""),
     ),
     Group("fog-2-moe", "multi_gpu", (FOG_MOE,), trainings(4)),
+    *split(HEAD, "multi_gpu", ("head-2-tp", trainings(4), "tensor-model"), ("head-2-pp-dp", trainings(4), "")),
 ]  # fmt: skip
+GROUPS[6:] = sorted(GROUPS[6:], key=lambda group: -group.seconds)  # the long ones first, so that none is left over at the end
 
 
 @dataclass

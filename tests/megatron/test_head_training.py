@@ -12,7 +12,7 @@ from fp8_recipes.megatron.parse_log import read_losses  # noqa: E402
 
 MODEL = "tiny"
 HEAD = "moss:head=fp8"
-FUSED = "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te"
+FUSED = "--cross-entropy-loss-fusion"
 
 
 class TestOneGpu:
