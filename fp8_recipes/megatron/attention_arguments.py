@@ -196,13 +196,11 @@ _OFF = {
 def _own(args: argparse.Namespace) -> list[tuple[Any, str]]:
     """Of this package's recipes with FP8 attention, which ride on TransformerEngine's CustomRecipe."""
     cp = args.context_parallel_size
-    outputs = [name for name in args.recompute_modules or [] if name in ("layernorm", "moe_act")]
     return [
         (cp > 1, f"--context-parallel-size {cp}: TransformerEngine takes custom recipes with FP8 attention on one rank's sequence only; use --fp8-recipe fog"),
         (
-            args.recompute_granularity == "selective" and outputs,
-            f"--recompute-modules {' '.join(outputs)}: would move attention's maxima on at every layer (Megatron refuses it for delayed scaling too); "
-            "use mlp, or --recompute-granularity full",
+            args.recompute_granularity == "selective" and "layernorm" in (args.recompute_modules or []),
+            "--recompute-modules layernorm: would move attention's maxima on at every layer (Megatron refuses it for delayed scaling too); drop layernorm",
         ),
         (getattr(args, "te_precision_config_file", None), "--te-precision-config-file: not tried with FP8 attention; drop the flag"),
     ]
