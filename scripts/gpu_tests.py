@@ -198,7 +198,8 @@ class Run:
         self.write()
         print(f"{result:8s} {group.name}, {seconds:.0f} s: {closing}", flush=True)
         if result == "failed":
-            lines = [line[:200] for line in self.log(group).read_text(errors="replace").splitlines() if re.match(r"FAILED|ERROR|E  ", line)]
+            log = self.log(group).read_text(errors="replace")
+            lines = [line[:200] for line in log.splitlines() if re.match(r"FAILED|ERROR|E  ", line)] or re.findall(r"^SKIPPED.{,200}", log, re.MULTILINE)
             print("\n".join(f"    {line}" for line in lines[-12:]), flush=True)
 
     def finished(self, one: Running) -> None:
