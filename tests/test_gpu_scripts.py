@@ -134,7 +134,7 @@ def test_a_run_reports_what_passed_failed_and_was_cut_off(tmp_path):
     environment = os.environ | {"PATH": path, "PYTHON": str(fake)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     groups = ["kernels*", "te", "nn", "other", "ranks"]
-    command = [sys.executable, ROOT / "scripts" / "gpu_tests.py", *groups, "--out", out, "--limit", "6", "--commit", "abc123"]
+    command = [sys.executable, ROOT / "scripts" / "gpu_tests.py", *groups, "--out", out, "--limit", "10", "--commit", "abc123"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert result.returncode == 1, result.stdout + result.stderr
     with open(out / "summary.csv") as stream:
