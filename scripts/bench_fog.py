@@ -141,7 +141,7 @@ def bench_ffn(table: Table, rounds: int) -> None:
     """Forward and backward of a whole FFN; the fused one beside separate layers and bf16, of GeLU, and of SwiGLU with as many weights."""
     recipe = from_name("moss")
     for name, (hidden, glu) in FFN.items():
-        cols, scaling, a = 3 * glu // 2, WeightScaling(interval=500), alpha().requires_grad_()
+        cols, scaling, a = 3 * glu // 2, WeightScaling(interval=500, attached=True), alpha().requires_grad_()
         x, dy = data(TOKENS, hidden).requires_grad_(), data(TOKENS, hidden, 1)
         up, down, gate_up, glu_down = (
             torch.nn.Parameter((0.02 * torch.randn(*s, device="cuda")).bfloat16()) for s in ((cols, hidden), (hidden, cols), (2 * glu, hidden), (hidden, glu))

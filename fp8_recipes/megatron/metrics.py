@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import ops
 from ..formats import scale_from_amax
 from ..metrics import Alarm, Alarms, JsonLines, MonitorHooks, RunMetrics, Target, TensorBoard, Thresholds, WandB
 from ..metrics.hooks import BLOCK_OUTPUT, DOWN_INPUT, QKV, in_backward
@@ -27,7 +26,7 @@ from ..metrics.sinks import read_kurtosis
 from ..recipe import RecipeError
 from ..reference.permute import PADDING_SCALE, PADDING_TILE_EXPONENT
 from ..tensor import ScaledTensor
-from ..weight_scaling import ATTRIBUTE
+from ..weight_scaling import ATTRIBUTE, measure_amax
 
 _MARK = "_fp8_recipes_metrics"
 STOP_ON = ("nonfinite", "kurtosis")
@@ -127,7 +126,7 @@ def _fused_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) -> A
             return
         hooks.observe(f"{name}.mlp.{linear}", role, x, q)
         if (linear, role) == ("linear_fc2", "input") and not in_backward():
-            hooks.table.add(f"{name}.{DOWN_INPUT}", ops.dequantize(q, torch.bfloat16))
+            hooks.table.add(f"{name}.{DOWN_INPUT}", None, q, values=True)
 
     return observer
 
@@ -142,8 +141,7 @@ def _experts_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) ->
         q, absent = (q, None) if source is None else _tokens_only(q, source)
         hooks.observe(f"{name}.mlp.experts.{linear}", role, x, q, absent)
         if (linear, role) == ("linear_fc2", "input"):
-            values = q.payload.to(torch.bfloat16).mul_(q.scale[:, None].to(torch.bfloat16))  # exact
-            hooks.table.add(f"{name}.{DOWN_INPUT}", values, absent=absent)
+            hooks.table.add(f"{name}.{DOWN_INPUT}", None, q, absent=absent, values=True)
 
     return observer
 
@@ -157,9 +155,11 @@ def _tokens_only(q: ScaledTensor, source: torch.Tensor) -> tuple[ScaledTensor, t
 
 
 def _add_predicted(hooks: MonitorHooks, weights: list[tuple[str, Any]]) -> None:
-    """Weights under the scale that their next use will take."""
+    """Weights under the scale that their next use will take. A measurement that is due is made beside the anchor: parameters may still be on their way to this
+    rank (--overlap-param-gather), and the anchor must not come of old ones."""
     for name, weight in weights:
-        amax, increment = getattr(weight, ATTRIBUTE).amax_and_increment(weight.detach())
+        state = getattr(weight, ATTRIBUTE)
+        amax, increment = (measure_amax(weight.detach(), state.group), 0.0) if state.due() else state.amax_and_increment(weight.detach())
         hooks.table.add(name, weight, scale=scale_from_amax(amax.float() + increment).reshape(()))
 
 
@@ -178,9 +178,7 @@ def install(model: Any, args: Any) -> RunMetrics | None:
         observe_quantised(chunks, hooks)
     warmup = max(Thresholds.warmup, int(getattr(args, "lr_warmup_iters", 0) or 0))
     stops = _stops(args)
-    _Installed.run = RunMetrics(
-        hooks, alarms=Alarms(Thresholds(warmup=warmup)), stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None
-    )
+    _Installed.run = RunMetrics(hooks, alarms=Alarms(Thresholds(warmup=warmup)), stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None)
     _Installed.args, _Installed.started = args, False
     return _Installed.run
 
@@ -203,7 +201,7 @@ def check(args: Any) -> None:
     if graphs not in (None, "none"):
         raise RecipeError(f"--cuda-graph-impl {graphs}: a replayed graph calls no hooks, so the metrics would miss it; use --fp8-metrics-interval 0 with it")
     if _stops(args) and not getattr(args, "save", None):
-        raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH")
+        raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH --save-interval N")
 
 
 def after_step(iteration: int, loss: float | None = None, grad_norm: float | None = None, learning_rate: float | None = None) -> None:

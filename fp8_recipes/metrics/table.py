@@ -23,6 +23,8 @@ from ..reference.moments import FIELDS, NO_EXPONENT, SUMS, neutral, token_kurtos
 from ..tensor import ScaledTensor
 
 _BLOCK = 64
+_VALUES, _AMAX = FIELDS.index("nonzero"), FIELDS.index("amax")
+"""What a tensor's values say is before "nonzero", and "amax"; the other fields are about its FP8 form."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,13 @@ class MomentTable:
         shard: Any = None,
         copies: int = 1,
         absent: torch.Tensor | None = None,
+        values: bool = False,
     ) -> None:
         """Add a tensor x [..., features] and / or its quantised form under ``name``. No tokens: nothing happens.
 
         scale, fmt: the scale under which x is about to be cast, without q. fold: count fold flushes. shard: process group over which the features are split.
         copies: on how many ranks this very tensor is added. absent: 0-dim, how many rows are no tokens; these hold zeros, which only `elements` would count.
+        values: q, given without x, is there for its values alone: a fused kernel made it of a tensor that is watched, and nothing is said about FP8.
         """
         if x is not None:
             x = x.detach().reshape(-1, x.shape[-1]).contiguous()
@@ -151,14 +155,20 @@ class MomentTable:
         if shard is not None and dist.get_world_size(shard) > 1:
             row_sums = torch.empty(some.shape[0], 2, dtype=torch.float64, device=some.device)
             self._parts.append(_Parts(name, row_sums, some.shape[1], shard))
-        ops.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=self.row(name, some.device, copies), row_sums=row_sums)
+        row = self.row(name, some.device, copies)
+        if values:
+            found = ops.moments(None, q, fold=False)
+            row[:_VALUES] += found[:_VALUES]
+            torch.maximum(row[_AMAX], found[_AMAX], out=row[_AMAX])
+        else:
+            ops.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=row, row_sums=row_sums)
         if absent is not None:
-            self._rows[name][FIELDS.index("elements")] -= absent * some.shape[1]
+            row[FIELDS.index("elements")] -= absent * some.shape[1]
 
     def reset(self) -> None:
         """Forget the sums, keep the names."""
         for block in self._blocks:
-            block.copy_(neutral(_BLOCK))
+            block.copy_(neutral(_BLOCK, device=block.device))
         self._parts.clear()
 
     @torch.no_grad()

@@ -197,8 +197,7 @@ def test_training_log_is_wrapped_and_runs_after_every_iteration() -> None:
 def test_fused_mlp_and_predicted_weights_are_observed() -> None:
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
     model = GPTModel((2,))
-    for p in model.parameters():
-        WeightScaling(interval=10).track(p)
+    states = [WeightScaling(interval=10).track(p) for p in model.parameters()]
     run = metrics.install(model, args(fp8="e4m3"))
     assert run is not None
     x = torch.randn(8, F, generator=torch.Generator().manual_seed(2))
@@ -211,6 +210,7 @@ def test_fused_mlp_and_predicted_weights_are_observed() -> None:
     weight = readings["layers.2.self_attention.linear_qkv.weight"]
     assert weight.elements == 3 * H * H and weight.saturation_share == 0 and weight.scale_exponent_max is not None
     assert not [name for name in readings if name.startswith("layers.1.")]  # multi-token prediction
+    assert all(state.anchor_amax is None for state in states), "watching is no use of a weight: anchors are taken at the next one"
 
 
 def test_off_means_no_hooks() -> None:

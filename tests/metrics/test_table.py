@@ -33,6 +33,14 @@ def same(a: Reading, b: Reading) -> None:
         assert value == (pytest.approx(getattr(b, field), rel=1e-9) if value is not None else None), field
 
 
+def test_payload_for_its_values_alone_is_read_as_the_tensor_it_stands_for() -> None:
+    q, plain, payload = quantize(tensors()["a"], "row"), MomentTable(), MomentTable()
+    for _ in range(2):
+        plain.add("a", q.payload.float() * q.scale[:, None])
+        payload.add("a", None, q, values=True)
+    assert payload.reduce()["a"].as_json() == pytest.approx(plain.reduce()["a"].as_json(), rel=1e-9)
+
+
 def test_microbatches_add_up_and_the_order_of_names_stays() -> None:
     table = MomentTable()
     for rows in (slice(0, 5), slice(5, 12)):

@@ -1,0 +1,112 @@
+"""The launcher's own way through Megatron and TransformerEngine, from scripts/launch.sh to the last log line, on the CPU (`pretend_gpu`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
+pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
+
+import pretend_gpu  # noqa: E402
+
+pytestmark = pytest.mark.slow
+LAYERS, TOKENS, HIDDEN, STEPS = 2, 256, 256, 4
+SMALL = (
+    f"--num-layers {LAYERS} --hidden-size {HIDDEN} --ffn-hidden-size 512 --num-attention-heads 2 --num-query-groups 1 --kv-channels 128 --seq-length 64 "
+    "--max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --fp8-metrics-interval 2"
+)
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(filter(None, [str(pretend_gpu.ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train("fog_tiny", "moss", "--fog max") -> (losses by step, metrics by step, output). A run that was made is not repeated."""
+    done = {}
+
+    def run(model, recipe, flags="", *, ranks=1):
+        key = (model, recipe, flags, ranks)
+        if key not in done:
+            path = tmp_path_factory.mktemp("run")
+            logs = ["--fp8-log", str(path / "log.jsonl"), "--fp8-metrics-log", str(path / "metrics.jsonl")]
+            launch = ["--model", model, "--recipe", recipe, "--steps", str(STEPS), "--", *SMALL.split(), *flags.split(), *logs]
+            given = os.environ | ENVIRONMENT | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(29620 + len(done))}
+            started = [sys.executable, pretend_gpu.__file__, *launch]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            processes = [subprocess.Popen(started, env=given | {"RANK": str(rank)}, **pipes) for rank in range(ranks)]
+            outputs = [process.communicate(timeout=600)[0] for process in processes]
+            assert not any(process.returncode for process in processes), "\n".join(output[-4000:] for output in outputs)
+            losses = {line["iteration"]: line["lm_loss"] for line in lines(path / "log.jsonl")}
+            metrics = {line["step"]: line for line in lines(path / "metrics.jsonl") if line["kind"] == "metrics"}
+            done[key] = losses, metrics, outputs[0]
+        return done[key]
+
+    return run
+
+
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "flags"),
+    [
+        ("fog_tiny", "moss", ""),
+        ("fog_tiny", "tensorwise", ""),
+        ("fog_tiny", "fog", f"--fog max {FULL}"),
+        ("fog_tiny", "moss", f"--fog max {FULL}"),
+        ("fog_tiny", "moss:attention=fp8", "--fog max"),
+        ("llama3_8l_8b", "moss", ""),
+    ],
+)
+def test_run_learns_and_every_tensor_is_counted_once(train, model, recipe, flags):
+    losses, metrics, log = train(model, recipe, flags)
+    reference = train(model, "bf16", flags.replace(FULL, ""))[0]
+    for step, loss in losses.items():
+        assert loss == pytest.approx(reference[step], rel=0.02), f"step {step}"
+    assert losses[STEPS] < losses[1]
+    assert sorted(metrics) == [1, 2, 4], "the first step and every second one"
+    sizes = {"qkv": 4 * 128, "down_input": 512 if "llama" in model else 768, "block_output": HIDDEN}
+    for layer in range(1, LAYERS + 1):
+        for tensor, features in sizes.items():
+            found = metrics[2]["tensors"][f"layers.{layer}.{tensor}"]
+            assert found["elements"] == TOKENS * features and found["kurtosis"] > 1, (layer, tensor)
+    quantised = metrics[2]["tensors"].get("layers.1.mlp.linear_fc1.input")
+    if recipe == "tensorwise":
+        assert quantised is None
+    else:
+        assert quantised["elements"] == TOKENS * HIDDEN and "flush_share" in quantised
+    if recipe.startswith("moss"):
+        assert f"{LAYERS} MLPs: in FP8 layers" in log and "as one function" in log
+
+
+def test_watching_changes_no_bit(train):
+    flags = f"--fog max {FULL}"
+    assert train("fog_tiny", "moss", flags)[0] == train("fog_tiny", "moss", f"{flags} --fp8-metrics-interval 1000")[0]
+
+
+def test_resume_is_bitwise_with_metrics(train, tmp_path):
+    flags = f"--fog max --save {tmp_path} --save-interval 2"
+    whole = train("fog_tiny", "moss", flags)[0]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train("fog_tiny", "moss", f"--fog max --load {tmp_path}")[0]
+    assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+def test_tensor_parallel_run_counts_the_same_elements(train):
+    """Its weights start otherwise (each rank draws its own), so only what is counted can be compared."""
+    flags = "--fog max --num-query-groups 2 --tensor-model-parallel-size 2 --sequence-parallel"
+    losses, metrics, _ = train("fog_tiny", "moss", flags, ranks=2)
+    assert losses[STEPS] < losses[1]
+    one = train("fog_tiny", "moss", "--fog max --num-query-groups 2")[1]
+    for tensor in ("qkv", "down_input", "block_output"):
+        found, expected = (m[2]["tensors"][f"layers.1.{tensor}"] for m in (metrics, one))
+        assert found["elements"] == expected["elements"] and found["kurtosis"] == pytest.approx(expected["kurtosis"], rel=0.1), tensor
