@@ -32,6 +32,7 @@ FLAGS = (
 
 def without_gpu() -> None:
     """Let TransformerEngine and Megatron build their modules, states and checkpoints on the CPU."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.training import checkpointing
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch import quantization
@@ -39,6 +40,7 @@ def without_gpu() -> None:
     hopper = {"get_device_capability": (9, 0), "get_device_properties": types.SimpleNamespace(major=9, minor=0)}
     for name, answer in ({"is_available": True, "current_device": "cpu", "device_count": 1, "synchronize": None} | hopper).items():
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     create = quantization.RecipeState.create
     quantization.RecipeState.create = staticmethod(lambda recipe, **given: create(recipe, **given | {"device": torch.device("cpu")}))
@@ -66,7 +68,8 @@ def build(flags: str):
     args, container = pretrain.configure()
     torch.cuda.is_available = lambda: True
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    sizes = {"expert_model_parallel_size": args.expert_model_parallel_size, "expert_tensor_parallel_size": args.expert_tensor_parallel_size}
+    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, **sizes)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return [container.model.get_builder_cls()(container.model).build_model(groups, pre_process=first, post_process=last)], args

@@ -18,6 +18,7 @@ pytest.importorskip("psutil", reason="psutil is not installed; Megatron's torch_
 TESTS = Path(__file__).resolve().parents[1]
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 OURS, SHORT = "moss:attention=fp8", "--fp8-amax-history-len"
+EXPERTS = "--num-experts 4 --moe-grouped-gemm --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
 JOBS: list[dict] = [
     {"name": "fog", "flags": f"--fp8-recipe fog {TP}", "save": "fog_ckpt", "before": 3, "evaluate": True, "after": 3},
     {"name": "fog_resumed", "flags": f"--fp8-recipe fog {TP}", "load": "fog_ckpt", "first": 4, "after": 3},
@@ -33,6 +34,16 @@ JOBS: list[dict] = [
     {"name": "ours_into_fog", "flags": "--fp8-recipe fog", "load": "our_ckpt"},
     {"name": "plain", "flags": f"--fp8-recipe fog {TP} --ckpt-format torch", "save": "plain_ckpt", "before": 2, "evaluate": True, "after": 2},
     {"name": "plain_resumed", "flags": f"--fp8-recipe fog {TP} --ckpt-format torch", "load": "plain_ckpt", "first": 3, "after": 2},
+    {
+        "name": "experts",
+        "flags": f"--fp8-recipe fog {EXPERTS} --expert-model-parallel-size 2",
+        "save": "experts_ckpt",
+        "before": 2,
+        "evaluate": True,
+        "after": 2,
+    },
+    {"name": "experts_resumed", "flags": f"--fp8-recipe fog {EXPERTS} --expert-model-parallel-size 2", "load": "experts_ckpt", "first": 3, "after": 2},
+    {"name": "experts_undivided", "flags": f"--fp8-recipe fog {EXPERTS}", "load": "experts_ckpt"},
     {"name": "pickled", "flags": f"--fp8-recipe fog {TP}", "save": "pickled_ckpt", "before": 1, "pickles": True},
     {"name": "from_pickled", "flags": f"--fp8-recipe fog {TP}", "load": "pickled_ckpt", "after": 1},
     {"name": "pickled_into_bf16", "flags": f"--fp8-recipe bf16 {TP}", "load": "pickled_ckpt"},
@@ -76,9 +87,10 @@ def assert_equal(actual, expected):
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize(("through", "resumed"), [("fog", "fog_resumed"), ("ours", "ours_resumed"), ("plain", "plain_resumed")])
+@pytest.mark.parametrize(("through", "resumed"), [("fog", "fog_resumed"), ("ours", "ours_resumed"), ("plain", "plain_resumed"), ("experts", "experts_resumed")])
 def test_a_resumed_run_casts_with_the_scales_of_the_run_that_went_on(outcome, through, resumed):
-    """fog: TP 2, an evaluation before the save; ours: attention alone, two pipeline stages; plain: --ckpt-format torch. Maxima fall from step to step, so that
+    """fog: TP 2, an evaluation before the save; ours: attention alone, two pipeline stages; plain: --ckpt-format torch; experts: two ranks
+    that divide them. Maxima fall from step to step, so that
     every later scale is decided by what was saved."""
     for one, two in zip(outcome(through), outcome(resumed), strict=True):
         assert_equal(two["loaded"], one["saved"])
@@ -140,6 +152,18 @@ def test_modules_that_are_not_in_the_checkpoint_are_named(outcome):
     saved = outcome("ours")[0]["saved"] | outcome("ours")[1]["saved"]
     assert_equal({n: one["loaded"][n] for n in names(ATTENTION)}, saved)
     assert two["printed"] == []
+
+
+def test_experts_that_are_divided_otherwise_start_anew(outcome):
+    """A grouped linear has a slot for each of its experts; the others of the layer are as saved."""
+    saved, (one, two) = outcome("experts")[0]["saved"], outcome("experts_undivided")
+    assert saved["decoder.layers.0.mlp.experts.linear_fc1.forward.scale"].shape == (2 * 3,)
+    (line,) = one["printed"]
+    assert "of 6 modules as saved; 4 are not in " in line and "or of another shape (decoder.layers.0.mlp.experts.linear_fc1, " in line
+    for rank in (one, two):
+        experts = {name for name in rank["loaded"] if ".experts." in name}
+        assert_equal({n: t for n, t in rank["loaded"].items() if n not in experts}, {n: t for n, t in saved.items() if ".experts." not in n})
+        assert experts and all((rank["loaded"][name] == (0 if name.endswith("history") else 1)).all() for name in experts)
 
 
 @pytest.mark.parametrize("name", ["from_bf16", "from_pickled"])
