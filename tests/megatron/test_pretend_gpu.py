@@ -110,3 +110,18 @@ def test_tensor_parallel_run_counts_the_same_elements(train):
     for tensor in ("qkv", "down_input", "block_output"):
         found, expected = (m[2]["tensors"][f"layers.1.{tensor}"] for m in (metrics, one))
         assert found["elements"] == expected["elements"] and found["kurtosis"] == pytest.approx(expected["kurtosis"], rel=0.1), tensor
+
+
+def test_fog_with_experts_learns_and_counts_their_rows(train):
+    """GeLU experts in the FP8 flow, beside linears in bf16, in FP8, and with attention in FP8 too. Megatron's own experts need a GPU."""
+    reference, _, _ = train("fog_moe_tiny", "fp8_flow_moe:dense=bf16")
+    for recipe in ("fp8_flow_moe", "fp8_flow_moe:attention=fp8"):
+        losses, metrics, log = train("fog_moe_tiny", recipe)
+        for step, loss in losses.items():
+            assert loss == pytest.approx(reference[step], rel=0.02), f"{recipe}: step {step}"
+        assert losses[STEPS] < losses[1] and losses != reference
+        assert f"MoE layers 1-{LAYERS}: 8 local experts as one FP8 function" in log and "gelu without a gate" in log
+        assert ("FP8 (attention)" in log) == ("attention" in recipe)
+        tensors = metrics[2]["tensors"]
+        assert tensors["layers.1.mlp.experts.linear_fc2.input"]["elements"] == 2 * TOKENS * 384, "top-2 of experts 1.5 x 256 wide, padding left out"
+        assert tensors["layers.1.mlp.experts.linear_fc1.grad"]["elements"] == 2 * TOKENS * 384 and tensors["layers.2.down_input"]["kurtosis"] > 1
