@@ -107,6 +107,7 @@ def step(chunks, number: int, rank: int, training: bool = True) -> dict[str, tor
 
 def run(job: dict, rank: int, directory: Path) -> dict:
     from megatron.training import checkpointing, training
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from fp8_recipes.megatron import delayed_state
 
@@ -116,6 +117,7 @@ def run(job: dict, rank: int, directory: Path) -> dict:
     if "load" in job:
         training.load_checkpoint(chunks, None, None)
         result["loaded"] = copy(delayed_state.tensors(chunks))
+        result["registered"] = sum(map(len, FP8GlobalStateManager.quantization_state.global_amax_buffer.values()))
     number = job.get("first", 1)
     for _ in range(job.get("before", 0)):
         result["read"].append(step(chunks, number, rank))

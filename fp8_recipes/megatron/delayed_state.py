@@ -229,6 +229,8 @@ def restore(chunks: Sequence[torch.nn.Module], path: str, saved: dict[str, torch
 
     saved: the tensors of a checkpoint that has been read (format torch); None: a torch_dist checkpoint, of which only these are read here.
     """
+    from megatron.core.utils import get_model_config
+
     recipe = recipe_in_force(chunks)
     if recipe is None:
         return
@@ -236,6 +238,7 @@ def restore(chunks: Sequence[torch.nn.Module], path: str, saved: dict[str, torch
     if saved is None:
         saved = _read(path, set(wanted))
     restored = {name for name, module in wanted.items() if _put(name, module, recipe, saved)}
+    _register([wanted[name] for name in wanted if name in restored], recipe, get_model_config(chunks[0]))
     resized = {len(saved[f"{name}.forward.amax_history"]) for name in restored} - {len(state.amax_history) for n in restored for _, state in _states(wanted[n])}
     _report(path, restored, wanted.keys() - restored, resized)
 
@@ -274,6 +277,22 @@ def _put(name: str, module: Any, recipe: Any, saved: dict[str, torch.Tensor]) ->
     return True
 
 
+def _register(restored: list[Any], recipe: Any, config: Any) -> None:
+    """Let the modules take part in the very next reduction, as they would have in the run that went on.
+
+    TransformerEngine registers a module at its first forward pass. Where a rank runs several regions in turn (virtual pipeline stages), the first of them
+    would move the histories of its own modules only.
+    """
+    from megatron.core import parallel_state
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    group = parallel_state.get_amax_reduction_group(with_context_parallel=True, tp_only_amax_red=config.tp_only_amax_red)  # as get_fp8_context
+    for module in restored:
+        if getattr(module, "te_quant_params", None) is None:  # a module with a recipe of its own has a reduction of its own
+            module.fp8_meta.update(recipe=recipe, fp8_group=group)
+            FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(module.fp8_meta)
+
+
 def _products(module: Any) -> int:
     """TransformerEngine's num_gemms of a module: three slots each forward, two backward."""
     from transformer_engine.pytorch import DotProductAttention, LayerNormMLP
@@ -285,6 +304,8 @@ def _products(module: Any) -> int:
 
 def _report(path: str, restored: set[str], missing: set[str], resized: set[int]) -> None:
     """One line on rank 0 about the modules of all ranks. resized: lengths of histories that are not this run's."""
+    from transformer_engine.pytorch._extra_state import unsafe_pickle_extra_state_enabled
+
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     parts: list[Any] = [(restored, missing, resized)]
     if world > 1:
@@ -294,6 +315,8 @@ def _report(path: str, restored: set[str], missing: set[str], resized: set[int])
             return
     there, absent, other = (set().union(*column) for column in zip(*parts, strict=True))
     anew = "start anew: empty history, scale 1 in the first step"
+    if unsafe_pickle_extra_state_enabled():
+        anew += ", unless TransformerEngine's pickles have theirs"
     if not there:
         line = f"{path} holds no maxima of delayed scaling (from bf16, another recipe or an older version): all {len(absent)} modules {anew}"
     elif absent:

@@ -94,6 +94,7 @@ def test_a_resumed_run_casts_with_the_scales_of_the_run_that_went_on(outcome, th
     every later scale is decided by what was saved."""
     for one, two in zip(outcome(through), outcome(resumed), strict=True):
         assert_equal(two["loaded"], one["saved"])
+        assert two["registered"] == len(two["loaded"]) / 2, "every history moves on at the next reduction, forward pass or not: virtual stages reduce in turn"
         for later, first in zip(two["read"], one["read"][-len(two["read"]) :], strict=True):
             assert_equal(later, first)
         assert_equal(two["end"], one["end"])
