@@ -11,22 +11,23 @@ that the gradient's density needs. The saved h is the reference's bit for bit.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_prob, check_unsaved
+from ..reference.activation import check_unsaved
 from ..reference.gelu import GeluGradients, gelu, gelu_backward, gelu_prob_gradient
-from ..reference.quantize import _check_options
 from ..reference.xielu import check_same
 from ..tensor import ScaledTensor, check_matrix
-from . import common, rows
-from .common import INTERPRETED, check_device, finite_or_nan, pow2, scale_exponent, to_fp32
+from . import common
+from .common import INTERPRETED, check_device, finite_or_nan
 from .launch import launch
 from .quantize import quantize
-from .rows import empty_rows, hold_piece, load_piece, load_raw, micro_amax, row_result, store_piece, store_row_scale
-from .swiglu import _h_arguments, _h_values, _save_piece
+from .rows import empty_rows, hold_piece, is_fused, load_piece, load_raw, load_row, load_row_prob, row_result, store_row, total
+from .saved import h_arguments, h_values, load_h_scale, save_row
 
 # 1 / (1 + 0.31 z), and 2**(-x^2 log2(e) / 2) from x^2: special-function unit. What is flushed is a tail below 1e-38.
 _RECIPROCAL = tl.constexpr("{ .reg .f32 t; fma.rn.f32 t, $1, 0f3E9EB852, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
@@ -68,29 +69,31 @@ def _value(x):
 
 
 @triton.jit
-def _gelu(x, prob, PROB: tl.constexpr):
-    y = _value(x)
-    if PROB:
-        y = y * prob
-    return finite_or_nan(y)
+def _load_h(h_ptr, first, cols, TILES: tl.constexpr):
+    return (load_raw(h_ptr, first, cols, TILES),)
 
 
 @triton.jit
-def _gelu_gradients(dy, x, prob, PROB: tl.constexpr):
-    """(dh of a piece, its sum for prob)."""
+def _load_both(dy_ptr, h_ptr, h_scale, H: tl.constexpr, first, cols, TILES: tl.constexpr):
+    return load_piece(dy_ptr, first, cols, TILES), h_values(load_raw(h_ptr, first, cols, TILES), h_scale, H)
+
+
+class _Gradients(NamedTuple):
+    """Of a piece: dh as it is held, and the sum for prob."""
+
+    dh: Any
+    prob: Any
+
+
+@triton.jit
+def _gelu_gradients(dy, x, prob, LOCAL: tl.constexpr, E5M2: tl.constexpr, PROB: tl.constexpr):
     dprob = 0.0
     if PROB:
         dprob = tl.sum(tl.sum(tl.sum(dy * _value(x), axis=2), axis=1), axis=0)
         dy = dy * prob
     tail, bell = _tail(x)
     slope = tl.where(x > 0, 1.0 - tail, tail) + x * bell * 0.3989422804014327
-    return finite_or_nan(dy * slope), dprob
-
-
-@triton.jit
-def _largest(raw):
-    """Largest finite value of a piece as it was loaded."""
-    return tl.max(tl.max(micro_amax(finite_or_nan(to_fp32(raw))), axis=1), axis=0)
+    return _Gradients(hold_piece(finite_or_nan(dy * slope), LOCAL, E5M2), dprob)
 
 
 @triton.jit
@@ -115,35 +118,13 @@ def _gelu_quantize_kernel(
     """One row. h_scale: read where h is FP8; where it is to be saved, written, and its payload goes to saved_ptr."""
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row * cols
-    prob = 1.0
-    if PROB:
-        prob = tl.load(prob_ptr + row)
-    h_scale = 1.0
-    if H != "":
-        h_scale = tl.load(h_scale_ptr + row)
-    h = load_raw(h_ptr, 0, cols, BLOCK)
-    if TAIL:  # both loads are in flight before the first reduction waits
-        h_tail = load_raw(h_ptr, BLOCK * 128, cols, TAIL)
-    if SAVE:  # in between h waits in 16 bits
-        amax = _largest(h)
-        if TAIL:
-            amax = tl.maximum(amax, _largest(h_tail))
-        h_exp = scale_exponent(amax, E5M2)
-        saved_ptr += row * cols
-        _save_piece(to_fp32(h, True), h_exp, saved_ptr, 0, cols, E5M2)
-        if TAIL:
-            _save_piece(to_fp32(h_tail, True), h_exp, saved_ptr, BLOCK * 128, cols, E5M2)
-        tl.store(h_scale_ptr + row, pow2(h_exp))
-    y = _gelu(_h_values(h, h_scale, H, SAVE), prob, PROB)
-    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        y_tail = _gelu(_h_values(h_tail, h_scale, H, SAVE), prob, PROB)
-        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+    prob = load_row_prob(prob_ptr, row, PROB)
+    h_scale = load_h_scale(h_scale_ptr, row, H)
+    pieces = load_row(_load_h, (h_ptr,), cols, BLOCK, TAIL)
+    if SAVE:
+        save_row(pieces, row, saved_ptr, h_scale_ptr, cols, E5M2)
+    held = [hold_piece(finite_or_nan(_value(h_values(*piece, h_scale, H, SAVE)) * prob), LOCAL, E5M2) for piece in pieces]
+    store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
 
 
 @triton.jit
@@ -168,35 +149,13 @@ def _gelu_backward_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     dy_ptr += row * cols
     h_ptr += row * cols
-    prob = 1.0
+    prob = load_row_prob(prob_ptr, row, PROB)
+    h_scale = load_h_scale(h_scale_ptr, row, H)
+    pieces = load_row(_load_both, (dy_ptr, h_ptr, h_scale, H), cols, BLOCK, TAIL)
+    gradients = [_gelu_gradients(*piece, prob, LOCAL, E5M2, PROB) for piece in pieces]
+    store_row([g.dh for g in gradients], row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     if PROB:
-        prob = tl.load(prob_ptr + row)
-    h_scale = 1.0
-    if H != "":
-        h_scale = tl.load(h_scale_ptr + row)
-    dy, x = load_piece(dy_ptr, 0, cols, BLOCK), _h_values(load_raw(h_ptr, 0, cols, BLOCK), h_scale, H)
-    if TAIL:
-        dy_tail, x_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL), _h_values(load_raw(h_ptr, BLOCK * 128, cols, TAIL), h_scale, H)
-    dh, dprob = _gelu_gradients(dy, x, prob, PROB)
-    held, local, tile_exp = hold_piece(dh, micro_amax(dh), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        dh_tail, more = _gelu_gradients(dy_tail, x_tail, prob, PROB)
-        dprob = dprob + more
-        held_tail, local_tail, tile_exp_tail = hold_piece(dh_tail, micro_amax(dh_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
-    if PROB:
-        tl.store(prob_gradient_ptr + row, dprob)
-
-
-def _is_fused(h: torch.Tensor | ScaledTensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
-    """Raise on options that do not fit; is the fused kernel there for the rest?"""
-    _check_options(granularity, fold, None)
-    check_prob(prob, h.shape[0])
-    return granularity in ("row", "tile", "micro") and h.shape[1] <= rows.MAX_ROW
+        tl.store(prob_gradient_ptr + row, total([g.prob for g in gradients]))
 
 
 def gelu_quantize(
@@ -206,8 +165,8 @@ def gelu_quantize(
 
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise GeLU is computed in fp32 first.
     """
-    source, h_scale, form = _h_arguments(h)
-    if not _is_fused(h, granularity, fold, prob):
+    source, h_scale, form = h_arguments(h)
+    if not is_fused(h.shape, granularity, fold, prob):
         return quantize(gelu(h, prob), granularity, fmt, fold=fold)
     count, cols = source.shape
     r = row_result(cols, granularity, fold, fmt)
@@ -222,8 +181,8 @@ def gelu_quantize_saving(
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """Kernel twin of `fp8_recipes.reference.gelu_quantize_saving`: (the quantised GeLU, h itself in ``fmt``), from one read where it is fused."""
     check_unsaved(h)
-    _h_arguments(h)
-    if not _is_fused(h, granularity, fold, prob):
+    h_arguments(h)
+    if not is_fused(h.shape, granularity, fold, prob):
         whole = quantize(h, "row", fmt)
         return quantize(gelu(h, prob), granularity, fmt, fold=fold), ScaledTensor(whole.payload, whole.scale, "row")
     count, cols = h.shape
@@ -252,8 +211,8 @@ def gelu_backward_quantize(
     check_matrix(dy, "dy")
     check_device(dy, "dy")
     check_same(dy, h)
-    source, h_scale, form = _h_arguments(h)
-    if not _is_fused(h, granularity, fold, prob):
+    source, h_scale, form = h_arguments(h)
+    if not is_fused(h.shape, granularity, fold, prob):
         q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
         return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))
     count, cols = dy.shape

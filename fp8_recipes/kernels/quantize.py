@@ -30,7 +30,7 @@ from .common import (
     to_fp32,
 )
 from .launch import launch
-from .rows import MAX_ROW, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
+from .rows import MAX_ROW, empty_rows, hold_known, load_piece, load_row, micro_amax, row_result, store_piece, store_row, store_row_scale
 
 WIDE_TILES = 32
 """Tiles per step when a row is too wide for registers."""
@@ -39,9 +39,9 @@ FLAT = 4096
 
 
 @triton.jit
-def _scaled(raw, global_ptr, GLOBAL: tl.constexpr):
-    """(raw / global scale with NaN for non-finite values, its micro maxima)."""
-    x = finite_or_nan(raw)
+def _scaled(x, global_ptr, GLOBAL: tl.constexpr):
+    """(x / global scale with NaN for non-finite values, its micro maxima)."""
+    x = finite_or_nan(x)
     micro = micro_amax(x)
     if GLOBAL:
         g = tl.load(global_ptr)
@@ -66,20 +66,9 @@ def _quantize_rows_kernel(
     GLOBAL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * cols
-    raw = load_piece(x_ptr, 0, cols, BLOCK)
-    if TAIL:  # both loads are in flight before the first reduction waits
-        raw_tail = load_piece(x_ptr, BLOCK * 128, cols, TAIL)
-    x, micro = _scaled(raw, global_ptr, GLOBAL)
-    held, local, tile_exp = hold_piece(x, micro, LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        x_tail, micro_tail = _scaled(raw_tail, global_ptr, GLOBAL)
-        held_tail, local_tail, tile_exp_tail = hold_piece(x_tail, micro_tail, LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+    pieces = load_row(load_piece, (x_ptr + row * cols,), cols, BLOCK, TAIL)
+    held = [hold_known(*_scaled(x, global_ptr, GLOBAL), LOCAL, E5M2) for x in pieces]
+    store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
 
 
 @triton.jit
@@ -105,8 +94,7 @@ def _quantize_wide_rows_kernel(
             row_exp = tl.maximum(row_exp, tl.max(tl.max(scale_exponent(micro, E5M2), axis=1), axis=0))
     for first in range(0, cols, TILES * 128):
         x, micro = _scaled(load_piece(x_ptr, first, cols, TILES), global_ptr, GLOBAL)
-        held, local, tile_exp = hold_piece(x, micro, LOCAL, E5M2)
-        store_piece(held, local, tile_exp, row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        store_piece(hold_known(x, micro, LOCAL, E5M2), row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 

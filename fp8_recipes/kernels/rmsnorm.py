@@ -16,12 +16,22 @@ from . import common
 from .common import check_device, check_not_empty, finite_or_nan, to_fp32
 from .launch import launch
 from .quantize import quantize
-from .rows import MAX_ROW, empty_rows, hold_piece, load_raw, micro_amax, row_result, store_piece, store_row_scale
+from .rows import MAX_ROW, empty_rows, hold_piece, load_raw, load_row, row_result, store_row, total
 
 
 @triton.jit
 def _sum_of_squares(x):
     return tl.sum(tl.sum(tl.sum(x * x, axis=2), axis=1), axis=0)
+
+
+@triton.jit
+def _load_both(x_ptr, gamma_ptr, first, cols, TILES: tl.constexpr):
+    return load_raw(x_ptr, first, cols, TILES), load_raw(gamma_ptr, first, cols, TILES)
+
+
+@triton.jit
+def _normalised(x, gamma, rstd):
+    return finite_or_nan(to_fp32(x, AGAIN=True) * rstd * to_fp32(gamma, AGAIN=True))
 
 
 @triton.jit
@@ -41,27 +51,12 @@ def _rmsnorm_quantize_kernel(
     E5M2: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * cols
-    x = load_raw(x_ptr, 0, cols, BLOCK)
-    gamma = load_raw(gamma_ptr, 0, cols, BLOCK)
-    if TAIL:
-        x_tail = load_raw(x_ptr, BLOCK * 128, cols, TAIL)
-        gamma_tail = load_raw(gamma_ptr, BLOCK * 128, cols, TAIL)
-    square = _sum_of_squares(to_fp32(x))
-    if TAIL:
-        square += _sum_of_squares(to_fp32(x_tail))
+    pieces = load_row(_load_both, (x_ptr + row * cols, gamma_ptr), cols, BLOCK, TAIL)
+    square = total([_sum_of_squares(to_fp32(piece[0])) for piece in pieces])
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, cols.to(tl.float32)) + eps))
     tl.store(rstd_ptr + row, rstd)
-    y = finite_or_nan(to_fp32(x, AGAIN=True) * rstd * to_fp32(gamma, AGAIN=True))
-    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        y_tail = finite_or_nan(to_fp32(x_tail, AGAIN=True) * rstd * to_fp32(gamma_tail, AGAIN=True))
-        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+    held = [hold_piece(_normalised(*piece, rstd), LOCAL, E5M2) for piece in pieces]
+    store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
 
 
 def rmsnorm_quantize(

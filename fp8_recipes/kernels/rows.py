@@ -2,8 +2,8 @@
 
 A row is cut into a *block* and, if that leaves a remainder, a smaller *tail*: both powers of two (Triton's tensors must be), so that 11008 columns cost
 8192 + 4096 lanes and not 16384. Each is a [tiles, 4, 32] tensor: 128-column tiles of four 32-column micro groups, so that both kinds of group are
-reductions along an axis and need no data movement. `load_piece`, `micro_amax`, `hold_piece` and `store_piece` are the four steps; quantize, rmsnorm and
-swiglu differ only between the first two.
+reductions along an axis and need no data movement. `load_row`, `hold_piece` and `store_row` are the three steps; quantize, rmsnorm and the activations
+differ between the first two. A row is a tuple of pieces in between, so that a kernel says once what it does with a piece.
 
 What limits these kernels is registers and instructions, not arithmetic units: how many rows a multiprocessor has in flight, and how many instructions it
 issues per byte. So what waits for the row's maximum is held as FP8 words where the granularity allows it, and a fold shifts four values per word.
@@ -12,8 +12,9 @@ issues per byte. So what waits for the row's maximum is held as FP8 words where 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,9 +23,9 @@ import triton.language as tl
 from ..formats import Format
 from ..reference.activation import check_prob
 from ..reference.quantize import _check_options
-from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
+from ..tensor import TILE, ScaledTensor, scale_shape
 from . import common
-from .common import check_device, check_not_empty, is_e5m2, next_power_of_2, pow2, scale_exponent, tiles_of, to_fp32
+from .common import is_e5m2, next_power_of_2, pow2, scale_exponent, tiles_of, to_fp32
 from .words import bytes_of, pack_row, shift_words_down
 
 MAX_ROW = 32768
@@ -42,14 +43,11 @@ class RowPlan:
     warps: int
 
 
-def check_activation(h: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
-    """Raise on bad input; is the fused kernel there for the rest?"""
-    check_matrix(h, "h")
+def is_fused(shape: Sequence[int], granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+    """Raise on options of an activation that do not fit; is the fused kernel there for a result [rows, cols] of ``shape``?"""
     _check_options(granularity, fold, None)
-    check_device(h, "h")
-    check_not_empty(h, "h")
-    check_prob(prob, h.shape[0])
-    return granularity in ("row", "tile", "micro") and h.shape[1] <= MAX_ROW
+    check_prob(prob, shape[0])
+    return granularity in ("row", "tile", "micro") and shape[1] <= MAX_ROW
 
 
 def plan_row(cols: int, per_thread: int = 0) -> RowPlan:
@@ -70,6 +68,19 @@ def _plan_row(cols: int, per_thread: int) -> RowPlan:
 
 
 @triton.jit
+def load_row(LOAD: tl.constexpr, given, cols, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """The pieces of a row, one or two: of each what ``LOAD(*given, first column, cols, tiles)`` returns.
+
+    All loads are in flight before the first reduction waits.
+    """
+    block = LOAD(*given, 0, cols, BLOCK)
+    if TAIL:
+        return block, LOAD(*given, BLOCK * 128, cols, TAIL)
+    else:
+        return (block,)
+
+
+@triton.jit
 def load_piece(ptr, first, cols, TILES: tl.constexpr):
     """Columns first .. first + TILES * 128 of one row as fp32 [TILES, 4, 32]; 0 beyond ``cols``."""
     return to_fp32(load_raw(ptr, first, cols, TILES))
@@ -80,6 +91,15 @@ def load_raw(ptr, first, cols, TILES: tl.constexpr):
     """`load_piece` in the type of the memory."""
     column = first + columns_of(TILES)
     return tl.load(ptr + column, mask=column < cols, other=0.0)
+
+
+@triton.jit
+def load_row_prob(prob_ptr, row, PROB: tl.constexpr):
+    """What multiplies a row: its probability, 1 where there is none."""
+    if PROB:
+        return tl.load(prob_ptr + row)
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -96,26 +116,72 @@ def micro_amax(y):
 
 
 @triton.jit
-def hold_piece(y, micro, LOCAL: tl.constexpr, E5M2: tl.constexpr):
-    """What of a piece waits for the row's maximum: (held, exponent of held [TILES, 4], exponent of each tile [TILES]).
+def total(numbers):
+    """Sum of what was found in each of one or two pieces."""
+    if len(numbers) == 1:
+        return numbers[0]
+    else:
+        return numbers[0] + numbers[1]
 
-    y: [TILES, 4, 32] fp32, micro: [TILES, 4] its maxima. Where the payload's first rounding needs only the group's own scale ("tile", "micro"), y is
-    rounded here and held as FP8 words [TILES, 4, 8], a quarter of the registers of y; "row" holds y.
+
+@triton.jit
+def largest(numbers):
+    """Maximum of what was found in each of one or two pieces."""
+    if len(numbers) == 1:
+        return numbers[0]
+    else:
+        return tl.maximum(numbers[0], numbers[1])
+
+
+class Held(NamedTuple):
+    """What of a piece waits for the row's maximum."""
+
+    data: Any
+    """fp32 [TILES, 4, 32] or, rounded already, FP8 words [TILES, 4, 8]."""
+    exponent: Any
+    """Of data, [TILES, 4]."""
+    tile_exp: Any
+    """What each tile needs by itself, [TILES]."""
+    largest_exp: Any
+    """Maximum of tile_exp."""
+
+
+@triton.jit
+def hold_piece(y, LOCAL: tl.constexpr, E5M2: tl.constexpr):
+    """A piece as `Held`. y: [TILES, 4, 32] fp32, NaN where it is not finite."""
+    return hold_known(y, micro_amax(y), LOCAL, E5M2)
+
+
+@triton.jit
+def hold_known(y, micro, LOCAL: tl.constexpr, E5M2: tl.constexpr):
+    """`hold_piece` where the maxima [TILES, 4] are known.
+
+    Where the payload's first rounding needs only the group's own scale ("tile", "micro"), y is rounded here and held as FP8 words, a quarter of the
+    registers of y; "row" holds y.
     """
     micro_exp = scale_exponent(micro, E5M2)
     tile_exp = tl.max(micro_exp, axis=1)
     if LOCAL == "row":
-        return y, micro_exp, tile_exp
+        return Held(y, micro_exp, tile_exp, tl.max(tile_exp, axis=0))
     else:
         local = tile_exp[:, None] + tl.zeros_like(micro_exp) if LOCAL == "tile" else micro_exp
-        return pack_row(y * pow2(-local)[:, :, None], E5M2), local, tile_exp
+        return Held(pack_row(y * pow2(-local)[:, :, None], E5M2), local, tile_exp, tl.max(tile_exp, axis=0))
+
+
+@triton.jit
+def store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr):
+    """Write a row of ``cols`` columns, its one or two pieces `Held`: payload, scales and tile exponents."""
+    row_exp = largest([piece.largest_exp for piece in held])
+    if len(held) == 2:
+        first = held[0].tile_exp.shape[0] * 128
+        store_piece(held[1], row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held[0], row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
 @triton.jit
 def store_piece(
     held,
-    local,
-    tile_exp,
     row_exp,
     row,
     first,
@@ -128,30 +194,30 @@ def store_piece(
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
 ):
-    """Write payload and per-group scales of a held piece. LOCAL: "row", "tile" or "micro"; FOLD: then re-express it at ``row_exp``.
+    """Write payload and per-group scales of a piece `Held`. LOCAL: "row", "tile" or "micro"; FOLD: then re-express it at ``row_exp``.
 
     The piece goes to columns first .. min(first + TILES * 128, end) of a row of ``cols``; first is a multiple of 128, and so is end unless it is cols.
     A row (or folded) result writes tile_exponent; the row's own scale is the caller's to write.
     """
-    TILES: tl.constexpr = held.shape[0]
+    TILES: tl.constexpr = held.data.shape[0]
     if LOCAL == "row":
-        word = pack_row(held * pow2(-row_exp), E5M2)
+        word = pack_row(held.data * pow2(-row_exp), E5M2)
     elif FOLD:  # the second rounding is the fold's: what is already in FP8 moves to the row's exponent
-        word = shift_words_down(held, (local - row_exp)[:, :, None], E5M2)
+        word = shift_words_down(held.data, (held.exponent - row_exp)[:, :, None], E5M2)
     else:
-        word = held
+        word = held.data
     column = first + columns_of(TILES)
     tl.store(payload_ptr + row * cols + column, bytes_of(word), mask=column < end)
     tiles = (cols + 127) // 128
     tile = first // 128 + tl.arange(0, TILES)
     if FOLD or LOCAL == "row":
-        tl.store(tile_exponent_ptr + row * tiles + tile, (tile_exp + 127).to(tl.uint8), mask=tile < (end + 127) // 128)
+        tl.store(tile_exponent_ptr + row * tiles + tile, (held.tile_exp + 127).to(tl.uint8), mask=tile < (end + 127) // 128)
     elif LOCAL == "tile":
-        tl.store(scale_ptr + row * tiles + tile, pow2(tile_exp), mask=tile < (end + 127) // 128)
+        tl.store(scale_ptr + row * tiles + tile, pow2(held.tile_exp), mask=tile < (end + 127) // 128)
     else:
         groups = (cols + 31) // 32
         group = (first // 32 + tl.arange(0, TILES)[:, None] * 4) + tl.arange(0, 4)[None, :]
-        tl.store(scale_ptr + row * groups + group, (local + 127).to(tl.uint8), mask=group < (end + 31) // 32)
+        tl.store(scale_ptr + row * groups + group, (held.exponent + 127).to(tl.uint8), mask=group < (end + 31) // 32)
 
 
 @triton.jit
@@ -201,15 +267,23 @@ def empty_rows(rows: int, cols: int, r: RowResult, fmt: Format, device: torch.de
 
 __all__ = [
     "MAX_ROW",
-    "MICRO",
+    "Held",
     "RowPlan",
     "columns_of",
     "empty_rows",
+    "hold_known",
     "hold_piece",
+    "is_fused",
+    "largest",
     "load_piece",
+    "load_raw",
+    "load_row",
+    "load_row_prob",
     "micro_amax",
     "plan_row",
     "row_result",
     "store_piece",
+    "store_row",
     "store_row_scale",
+    "total",
 ]

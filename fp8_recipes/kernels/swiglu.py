@@ -14,27 +14,29 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format
-from ..reference.activation import check_gated, check_halves, check_prob, check_saved, check_unsaved, swiglu, swiglu_backward, swiglu_prob_gradient
-from ..reference.quantize import _check_options
+from ..reference.activation import check_gated, check_halves, check_unsaved, swiglu, swiglu_backward, swiglu_prob_gradient
 from ..tensor import TILE, ScaledTensor, check_matrix
 from . import common
-from .common import INTERPRETED, check_device, check_not_empty, decode, finite_or_nan, pow2, scale_exponent, to_fp32
+from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
 from .launch import launch
 from .quantize import quantize
 from .rows import (
-    MAX_ROW,
-    columns_of,
     empty_rows,
     hold_piece,
+    is_fused,
+    largest,
     load_piece,
     load_raw,
-    micro_amax,
+    load_row,
+    load_row_prob,
     plan_row,
     row_result,
     store_piece,
+    store_row,
     store_row_scale,
+    total,
 )
-from .words import bytes_of, pack_row
+from .saved import h_arguments, h_values, load_h_scale, save_row
 
 SAVE_PER_THREAD = 24
 """Values of each half that a thread holds, at least, where h is saved: twice the warps of `rows.plan_row`, because of a row both h and the product wait."""
@@ -57,60 +59,45 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _swiglu(gate, up, prob, PROB: tl.constexpr):
-    y = gate * _sigmoid(gate) * up
-    if PROB:
-        y = y * prob
-    return finite_or_nan(y)
+def _swiglu(gate, up):
+    return gate * _sigmoid(gate) * up
 
 
 @triton.jit
-def _swiglu_gradients(dy, gate, up, prob, PROB: tl.constexpr):
-    """(dgate, dup) in fp32."""
+def _load_h(h_ptr, first, cols, TILES: tl.constexpr):
+    return load_raw(h_ptr, first, cols, TILES), load_raw(h_ptr + cols, first, cols, TILES)
+
+
+@triton.jit
+def _load_all(dy_ptr, h_ptr, h_scale, H: tl.constexpr, first, cols, TILES: tl.constexpr):
+    """(dy, gate, up) in fp32."""
+    dy = load_piece(dy_ptr, first, cols, TILES)
+    gate = h_values(load_raw(h_ptr, first, cols, TILES), h_scale, H)
+    up = h_values(load_raw(h_ptr + cols, first, cols, TILES), h_scale, H)
+    return dy, gate, up
+
+
+@triton.jit
+def _product(gate, up, h_scale, prob, H: tl.constexpr, SAVE: tl.constexpr):
+    """SwiGLU of what was loaded of h, times prob."""
+    return finite_or_nan(_swiglu(h_values(gate, h_scale, H, SAVE), h_values(up, h_scale, H, SAVE)) * prob)
+
+
+@triton.jit
+def _swiglu_gradients(dy, gate, up, prob, LOCAL: tl.constexpr, E5M2: tl.constexpr):
+    """(dgate and dup as they are held, the largest exponent of both)."""
     s = _sigmoid(gate)
     silu = gate * s
-    if PROB:
-        dy = dy * prob
-    return finite_or_nan(dy * up * (s + silu * (1.0 - s))), finite_or_nan(dy * silu)
+    dy = dy * prob
+    dgate, dup = finite_or_nan(dy * up * (s + silu * (1.0 - s))), finite_or_nan(dy * silu)
+    dgate, dup = hold_piece(dgate, LOCAL, E5M2), hold_piece(dup, LOCAL, E5M2)
+    return dgate, dup, tl.max(tl.maximum(dgate.tile_exp, dup.tile_exp), axis=0)
 
 
 @triton.jit
 def _prob_gradient(dy, gate, up):
     """Sum of dy * silu(gate) * up over a piece."""
-    return tl.sum(tl.sum(tl.sum(dy * (gate * _sigmoid(gate) * up), axis=2), axis=1), axis=0)
-
-
-@triton.jit
-def _held_gradients(dy, gate, up, prob, LOCAL: tl.constexpr, E5M2: tl.constexpr, PROB: tl.constexpr):
-    """`hold_piece` of dgate, then of dup."""
-    dgate, dup = _swiglu_gradients(dy, gate, up, prob, PROB)
-    held_gate, gate_local, gate_tiles = hold_piece(dgate, micro_amax(dgate), LOCAL, E5M2)
-    held_up, up_local, up_tiles = hold_piece(dup, micro_amax(dup), LOCAL, E5M2)
-    return held_gate, gate_local, gate_tiles, held_up, up_local, up_tiles
-
-
-@triton.jit
-def _h_values(raw, h_scale, H: tl.constexpr, AGAIN: tl.constexpr = False):
-    """What was loaded of h, in fp32. H: "" (bf16, fp16 or fp32), "e4m3" or "e5m2". AGAIN: see `to_fp32`."""
-    if H == "":
-        return to_fp32(raw, AGAIN)
-    else:
-        return decode(raw, H == "e5m2") * h_scale
-
-
-@triton.jit
-def _largest(gate, up):
-    """Largest finite value of a piece of both halves."""
-    most = tl.maximum(tl.abs(finite_or_nan(gate)), tl.abs(finite_or_nan(up)))
-    return tl.max(tl.max(micro_amax(most), axis=1), axis=0)
-
-
-@triton.jit
-def _save_piece(x, exponent, ptr, first, cols, E5M2: tl.constexpr):
-    """A piece of one half of h in FP8."""
-    column = first + columns_of(x.shape[0])
-    word = pack_row(finite_or_nan(x) * pow2(-exponent), E5M2)
-    tl.store(ptr + column, bytes_of(word), mask=column < cols)
+    return tl.sum(tl.sum(tl.sum(dy * _swiglu(gate, up), axis=2), axis=1), axis=0)
 
 
 @triton.jit
@@ -135,39 +122,13 @@ def _swiglu_quantize_kernel(
     """One row. h_scale: read where h is FP8; where it is to be saved, written, and its payload goes to saved_ptr."""
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row * 2 * cols
-    prob = 1.0
-    if PROB:
-        prob = tl.load(prob_ptr + row)
-    h_scale = 1.0
-    if H != "":
-        h_scale = tl.load(h_scale_ptr + row)
-    gate = load_raw(h_ptr, 0, cols, BLOCK)
-    up = load_raw(h_ptr + cols, 0, cols, BLOCK)
-    if TAIL:
-        gate_tail = load_raw(h_ptr, BLOCK * 128, cols, TAIL)
-        up_tail = load_raw(h_ptr + cols, BLOCK * 128, cols, TAIL)
-    if SAVE:  # h is converted three times, for its maximum, its payload and the product: held in fp32 it would take twice the registers
-        amax = _largest(to_fp32(gate), to_fp32(up))
-        if TAIL:
-            amax = tl.maximum(amax, _largest(to_fp32(gate_tail), to_fp32(up_tail)))
-        h_exp = scale_exponent(amax, E5M2)
-        saved_ptr += row * 2 * cols
-        _save_piece(to_fp32(gate, True), h_exp, saved_ptr, 0, cols, E5M2)
-        _save_piece(to_fp32(up, True), h_exp, saved_ptr + cols, 0, cols, E5M2)
-        if TAIL:
-            _save_piece(to_fp32(gate_tail, True), h_exp, saved_ptr, BLOCK * 128, cols, E5M2)
-            _save_piece(to_fp32(up_tail, True), h_exp, saved_ptr + cols, BLOCK * 128, cols, E5M2)
-        tl.store(h_scale_ptr + row, pow2(h_exp))
-    y = _swiglu(_h_values(gate, h_scale, H, SAVE), _h_values(up, h_scale, H, SAVE), prob, PROB)
-    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        y_tail = _swiglu(_h_values(gate_tail, h_scale, H, SAVE), _h_values(up_tail, h_scale, H, SAVE), prob, PROB)
-        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+    prob = load_row_prob(prob_ptr, row, PROB)
+    h_scale = load_h_scale(h_scale_ptr, row, H)
+    pieces = load_row(_load_h, (h_ptr,), cols, BLOCK, TAIL)
+    if SAVE:
+        save_row(pieces, row, saved_ptr, h_scale_ptr, cols, E5M2)
+    held = [hold_piece(_product(*piece, h_scale, prob, H, SAVE), LOCAL, E5M2) for piece in pieces]
+    store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
 
 
 @triton.jit
@@ -194,59 +155,20 @@ def _swiglu_backward_quantize_kernel(
     dy_ptr += row * cols
     width = 2 * cols
     h_ptr += row * width
-    h_scale = 1.0
-    if H != "":
-        h_scale = tl.load(h_scale_ptr + row)
-    dy = load_piece(dy_ptr, 0, cols, BLOCK)
-    gate = _h_values(load_raw(h_ptr, 0, cols, BLOCK), h_scale, H)
-    up = _h_values(load_raw(h_ptr + cols, 0, cols, BLOCK), h_scale, H)
-    if TAIL:
-        dy_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL)
-        gate_tail = _h_values(load_raw(h_ptr, BLOCK * 128, cols, TAIL), h_scale, H)
-        up_tail = _h_values(load_raw(h_ptr + cols, BLOCK * 128, cols, TAIL), h_scale, H)
-    prob = 1.0
+    h_scale = load_h_scale(h_scale_ptr, row, H)
+    pieces = load_row(_load_all, (dy_ptr, h_ptr, h_scale, H), cols, BLOCK, TAIL)
+    prob = load_row_prob(prob_ptr, row, PROB)
     if PROB:
-        prob = tl.load(prob_ptr + row)
-        prob_gradient = _prob_gradient(dy, gate, up)
-        if TAIL:
-            prob_gradient += _prob_gradient(dy_tail, gate_tail, up_tail)
-        tl.store(prob_gradient_ptr + row, prob_gradient)
-    gate, gate_local, gate_tiles, up, up_local, up_tiles = _held_gradients(dy, gate, up, prob, LOCAL, E5M2, PROB)
-    row_exp = tl.max(tl.maximum(gate_tiles, up_tiles), axis=0)
+        tl.store(prob_gradient_ptr + row, total([_prob_gradient(*piece) for piece in pieces]))
+    held = [_swiglu_gradients(*piece, prob, LOCAL, E5M2) for piece in pieces]
+    row_exp = largest([piece[2] for piece in held])
     if TAIL:
-        tail, tail_local, gate_last, up_tail, up_end_local, up_last = _held_gradients(dy_tail, gate_tail, up_tail, prob, LOCAL, E5M2, PROB)
-        row_exp = tl.maximum(row_exp, tl.max(tl.maximum(gate_last, up_last), axis=0))
-        first = BLOCK * 128
-        store_piece(tail, tail_local, gate_last, row_exp, row, first, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-        store_piece(up_tail, up_end_local, up_last, row_exp, row, cols + first, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(gate, gate_local, gate_tiles, row_exp, row, 0, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(up, up_local, up_tiles, row_exp, row, cols, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        first: tl.constexpr = BLOCK * 128
+        store_piece(held[1][0], row_exp, row, first, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+        store_piece(held[1][1], row_exp, row, cols + first, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held[0][0], row_exp, row, 0, cols, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    store_piece(held[0][1], row_exp, row, cols, width, width, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
-
-
-def _h_arguments(h: torch.Tensor | ScaledTensor) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """(h, its scales, `H`) as the kernels take them, checked; scales of a plain tensor are itself, never read."""
-    if isinstance(h, torch.Tensor):
-        check_matrix(h, "h")
-        check_device(h, "h")
-        check_not_empty(h, "h")
-        return h, h, ""
-    check_saved(h)
-    for name, t in (("h.payload", h.payload), ("h.scale", h.scale)):
-        check_device(t, name)
-        check_not_empty(t, name)
-        if not t.is_contiguous():
-            raise ValueError(f"{name} of strides {t.stride()} is not contiguous; call .contiguous()")
-    if h.scale.dtype != torch.float32:
-        raise TypeError(f"h.scale must be float32, got {h.scale.dtype}")
-    return h.payload.view(torch.uint8), h.scale, h.format.name
-
-
-def _is_fused(rows: int, cols: int, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
-    """Raise on options that do not fit; is the fused kernel there for the rest?"""
-    _check_options(granularity, fold, None)
-    check_prob(prob, rows)
-    return granularity in ("row", "tile", "micro") and cols <= MAX_ROW
 
 
 def swiglu_quantize(
@@ -257,10 +179,10 @@ def swiglu_quantize(
 
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise the product is computed in fp32 first.
     """
-    source, h_scale, form = _h_arguments(h)
+    source, h_scale, form = h_arguments(h)
     check_gated(h)
     rows, cols = source.shape[0], source.shape[1] // 2
-    if not _is_fused(rows, cols, granularity, fold, prob):
+    if not is_fused((rows, cols), granularity, fold, prob):
         return quantize(swiglu(h, prob), granularity, fmt, fold=fold)
     r = row_result(cols, granularity, fold, fmt)
     q, pointers = empty_rows(rows, cols, r, fmt, source.device)
@@ -274,10 +196,10 @@ def swiglu_quantize_saving(
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """Kernel twin of `fp8_recipes.reference.swiglu_quantize_saving`: (the quantised product, h itself in ``fmt``), from one read where it is fused."""
     check_unsaved(h)
-    _h_arguments(h)
+    h_arguments(h)
     check_gated(h)
     rows, cols = h.shape[0], h.shape[1] // 2
-    if not _is_fused(rows, cols, granularity, fold, prob):
+    if not is_fused((rows, cols), granularity, fold, prob):
         whole = quantize(h, "row", fmt)
         return quantize(swiglu(h, prob), granularity, fmt, fold=fold), ScaledTensor(whole.payload, whole.scale, "row")
     r = row_result(cols, granularity, fold, fmt)
@@ -319,10 +241,10 @@ def swiglu_backward_quantize(
     check_matrix(dy, "dy")
     check_device(dy, "dy")
     check_not_empty(dy, "dy")
-    source, h_scale, form = _h_arguments(h)
+    source, h_scale, form = h_arguments(h)
     rows, cols = dy.shape
     check_halves(dy, h)
-    if not _is_fused(rows, 2 * cols, granularity, fold, prob) or cols % TILE:
+    if not is_fused((rows, 2 * cols), granularity, fold, prob) or cols % TILE:
         q = quantize(swiglu_backward(dy, h, prob), granularity, fmt, fold=fold)
         return q if prob is None else (q, swiglu_prob_gradient(dy, h))
     r = row_result(2 * cols, granularity, fold, fmt)

@@ -9,6 +9,8 @@ are added in fp64 by a second, equally ordered sum. No atomics, so the same inpu
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,10 @@ from ..formats import E4M3, Format
 from ..reference.xielu import XieluGradients, check_alpha, check_same, xielu, xielu_alpha_gradient, xielu_backward, xielu_prob_gradient
 from ..tensor import ScaledTensor, check_matrix
 from . import common
-from .common import INTERPRETED, check_device, finite_or_nan
+from .common import INTERPRETED, check_device, check_not_empty, finite_or_nan
 from .launch import launch
 from .quantize import quantize
-from .rows import check_activation, empty_rows, hold_piece, load_piece, micro_amax, row_result, store_piece, store_row_scale
+from .rows import empty_rows, hold_piece, is_fused, load_piece, load_row, load_row_prob, row_result, store_row, total
 
 WIDE_REGISTERS = 128
 """Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor instead of one, for a few spilled registers."""
@@ -52,16 +54,21 @@ def _sum(x):
 
 
 @triton.jit
-def _xielu(x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
-    y = _value(x, alpha_p, alpha_n)
-    if PROB:
-        y = y * prob
-    return finite_or_nan(y)
+def _load_both(dy_ptr, h_ptr, first, cols, TILES: tl.constexpr):
+    return load_piece(dy_ptr, first, cols, TILES), load_piece(h_ptr, first, cols, TILES)
+
+
+class _Gradients(NamedTuple):
+    """Of a piece: dh as it is held, and the sums for alpha_p, alpha_n and prob."""
+
+    dh: Any
+    alpha_p: Any
+    alpha_n: Any
+    prob: Any
 
 
 @triton.jit
-def _xielu_gradients(dy, x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
-    """(dh of a piece, and its sums for alpha_p, alpha_n and prob)."""
+def _xielu_gradients(dy, x, alpha_p, alpha_n, prob, LOCAL: tl.constexpr, E5M2: tl.constexpr, PROB: tl.constexpr):
     dprob = 0.0
     if PROB:
         dprob = _sum(dy * _value(x, alpha_p, alpha_n))
@@ -70,7 +77,7 @@ def _xielu_gradients(dy, x, alpha_p, alpha_n, prob, PROB: tl.constexpr):
     dalpha_p = _sum(tl.where(x > 0, dy * x * x, 0.0))
     dalpha_n = _sum(tl.where(x > 0, 0.0, dy * tl.where(x > -0.03125, x * x * (0.5 + x * 0.16666667), rise - x)))
     slope = tl.where(x > 0, 2 * alpha_p * x, alpha_n * rise) + 0.5
-    return finite_or_nan(dy * slope), dalpha_p, dalpha_n, dprob
+    return _Gradients(hold_piece(finite_or_nan(dy * slope), LOCAL, E5M2), dalpha_p, dalpha_n, dprob)
 
 
 @triton.jit
@@ -92,22 +99,10 @@ def _xielu_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     h_ptr += row * cols
     alpha_p, alpha_n = tl.load(alpha_ptr), tl.load(alpha_ptr + 1)
-    prob = 1.0
-    if PROB:
-        prob = tl.load(prob_ptr + row)
-    x = load_piece(h_ptr, 0, cols, BLOCK)
-    if TAIL:  # both loads are in flight before the first reduction waits
-        x_tail = load_piece(h_ptr, BLOCK * 128, cols, TAIL)
-    y = _xielu(x, alpha_p, alpha_n, prob, PROB)
-    held, local, tile_exp = hold_piece(y, micro_amax(y), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        y_tail = _xielu(x_tail, alpha_p, alpha_n, prob, PROB)
-        held_tail, local_tail, tile_exp_tail = hold_piece(y_tail, micro_amax(y_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+    prob = load_row_prob(prob_ptr, row, PROB)
+    pieces = load_row(load_piece, (h_ptr,), cols, BLOCK, TAIL)
+    held = [hold_piece(finite_or_nan(_value(x, alpha_p, alpha_n) * prob), LOCAL, E5M2) for x in pieces]
+    store_row(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
 
 
 @triton.jit
@@ -134,33 +129,24 @@ def _xielu_backward_quantize_kernel(
     dy_ptr += row * cols
     h_ptr += row * cols
     alpha_p, alpha_n = tl.load(alpha_ptr), tl.load(alpha_ptr + 1)
-    prob = 1.0
+    prob = load_row_prob(prob_ptr, row, PROB)
+    pieces = load_row(_load_both, (dy_ptr, h_ptr), cols, BLOCK, TAIL)
+    gradients = [_xielu_gradients(*piece, alpha_p, alpha_n, prob, LOCAL, E5M2, PROB) for piece in pieces]
+    store_row([g.dh for g in gradients], row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    tl.store(alpha_gradient_ptr + row, total([g.alpha_p for g in gradients]))
+    tl.store(alpha_gradient_ptr + tl.num_programs(0) + row, total([g.alpha_n for g in gradients]))
     if PROB:
-        prob = tl.load(prob_ptr + row)
-    dy, x = load_piece(dy_ptr, 0, cols, BLOCK), load_piece(h_ptr, 0, cols, BLOCK)
-    if TAIL:
-        dy_tail, x_tail = load_piece(dy_ptr, BLOCK * 128, cols, TAIL), load_piece(h_ptr, BLOCK * 128, cols, TAIL)
-    dh, dalpha_p, dalpha_n, dprob = _xielu_gradients(dy, x, alpha_p, alpha_n, prob, PROB)
-    held, local, tile_exp = hold_piece(dh, micro_amax(dh), LOCAL, E5M2)
-    row_exp = tl.max(tile_exp, axis=0)
-    if TAIL:
-        dh_tail, more_p, more_n, more_prob = _xielu_gradients(dy_tail, x_tail, alpha_p, alpha_n, prob, PROB)
-        dalpha_p, dalpha_n, dprob = dalpha_p + more_p, dalpha_n + more_n, dprob + more_prob
-        held_tail, local_tail, tile_exp_tail = hold_piece(dh_tail, micro_amax(dh_tail), LOCAL, E5M2)
-        row_exp = tl.maximum(row_exp, tl.max(tile_exp_tail, axis=0))
-        store_piece(held_tail, local_tail, tile_exp_tail, row_exp, row, BLOCK * 128, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_piece(held, local, tile_exp, row_exp, row, 0, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
-    store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
-    tl.store(alpha_gradient_ptr + row, dalpha_p)
-    tl.store(alpha_gradient_ptr + tl.num_programs(0) + row, dalpha_n)
-    if PROB:
-        tl.store(prob_gradient_ptr + row, dprob)
+        tl.store(prob_gradient_ptr + row, total([g.prob for g in gradients]))
 
 
-def _check(h: torch.Tensor, alpha: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+def _is_fused(h: torch.Tensor, alpha: torch.Tensor, granularity: str, fold: str | None, prob: torch.Tensor | None) -> bool:
+    """Raise on bad input; is the fused kernel there for the rest?"""
     check_alpha(alpha)
     check_device(alpha, "alpha")
-    return check_activation(h, granularity, fold, prob)
+    check_matrix(h, "h")
+    check_device(h, "h")
+    check_not_empty(h, "h")
+    return is_fused(h.shape, granularity, fold, prob)
 
 
 def xielu_quantize(
@@ -170,7 +156,7 @@ def xielu_quantize(
 
     Fused for "row", "tile" and "micro" up to F = 32768; otherwise xIELU is computed in fp32 first.
     """
-    if not _check(h, alpha, granularity, fold, prob):
+    if not _is_fused(h, alpha, granularity, fold, prob):
         return quantize(xielu(h, alpha, prob), granularity, fmt, fold=fold)
     rows, cols = h.shape
     r = row_result(cols, granularity, fold, fmt)
@@ -196,7 +182,7 @@ def xielu_backward_quantize(
     check_matrix(dy, "dy")
     check_device(dy, "dy")
     check_same(dy, h)
-    if not _check(h, alpha, granularity, fold, prob):
+    if not _is_fused(h, alpha, granularity, fold, prob):
         q = quantize(xielu_backward(dy, h, alpha, prob), granularity, fmt, fold=fold)
         return XieluGradients(q, xielu_alpha_gradient(dy, h, prob), None if prob is None else xielu_prob_gradient(dy, h, alpha))
     rows, cols = h.shape

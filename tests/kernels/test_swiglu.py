@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
+from fp8_recipes.kernels import rows, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from fp8_recipes.tensor import ScaledTensor
 
-module = import_module("fp8_recipes.kernels.swiglu")
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
 SHAPES = [(2, 128), (3, 832), (2, 100), (2, 96)]  # rows, F
 
@@ -134,7 +131,7 @@ def test_formats_of_saved_h_and_of_the_gradient_differ(device):
 
 
 def test_rows_too_wide_for_registers(device, monkeypatch):
-    monkeypatch.setattr(module, "MAX_ROW", 256)
+    monkeypatch.setattr(rows, "MAX_ROW", 256)
     dy, h = inputs(3, 384, device)
     y, grad = truth(dy, h)
     assert_quantized(swiglu_quantize(h, "micro", fold="row"), reference.swiglu_quantize(h, "micro", fold="row"), y)
