@@ -127,7 +127,11 @@ class Branch(torch.nn.Module):
 
         def apply(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
             x, bias = x_with_bias
-            return add((self.post(x if bias is None else x + bias), None), residual, dropout)
+            # Megatron turns gradients on around this call even in passes without them (evaluation, the first pass under recompute), where x needs none: the
+            # gains would begin a graph there that keeps the input of every norm until the pass ends.
+            with torch.set_grad_enabled(x.requires_grad):
+                x = self.post(x if bias is None else x + bias)
+            return add((x, None), residual, dropout)
 
         return apply
 

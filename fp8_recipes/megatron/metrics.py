@@ -176,11 +176,21 @@ def install(model: Any, args: Any) -> RunMetrics | None:
     hooks = MonitorHooks(find_targets(chunks, args), interval=interval)
     if getattr(args, "fp8", None):
         observe_quantised(chunks, hooks)
-    warmup = max(Thresholds.warmup, int(getattr(args, "lr_warmup_iters", 0) or 0))
-    stops = _stops(args)
-    _Installed.run = RunMetrics(hooks, alarms=Alarms(Thresholds(warmup=warmup)), stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None)
+    stops, alarms = _stops(args), Alarms(Thresholds(warmup=_warmup(args)))
+    _Installed.run = RunMetrics(hooks, alarms=alarms, stop_on=STOP_ON if stops else (), stop=_save_and_exit if stops else None)
     _Installed.args, _Installed.started = args, False
     return _Installed.run
+
+
+def _warmup(args: Any) -> int:
+    """Steps in which kurtosis is not judged: the learning rate's warm-up, however it was given, and at least the default."""
+
+    def number(name: str) -> float:
+        return getattr(args, name, None) or 0
+
+    samples = number("lr_warmup_samples") / max(number("global_batch_size"), 1)
+    share = number("lr_warmup_fraction") * (number("lr_decay_iters") or number("train_iters"))
+    return int(max(Thresholds.warmup, number("lr_warmup_iters"), samples, share))
 
 
 def _stops(args: Any) -> bool:

@@ -106,6 +106,13 @@ class TestOneRank:
         used = [g is not None and bool(g.any()) for name, g in gradients.items() if "layers.0.mlp.experts" in name and "fc1" in name]
         assert len(used) == 8 and sum(used) >= 4
 
+    @pytest.mark.parametrize("name", ["fog-max", "op"])
+    def test_pass_without_gradients_keeps_nothing(self, groups, name):
+        """Megatron enables gradients around the residual addition whatever surrounds it."""
+        model = models.build(from_name(name))
+        with models.on_cpu(), torch.no_grad():
+            assert not models.run(model, *models.batch()).requires_grad
+
     @pytest.mark.parametrize(("fp8", "attention", "title"), [(None, "bf16 (attention)", "bf16"), ("hybrid", "FP8 (attention)", "delayed")])
     def test_start_report_names_architecture_and_attention(self, groups, fp8, attention, title):
         from fp8_recipes.megatron import report

@@ -213,6 +213,21 @@ def test_fused_mlp_and_predicted_weights_are_observed() -> None:
     assert all(state.anchor_amax is None for state in states), "watching is no use of a weight: anchors are taken at the next one"
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 100),
+        ({"lr_warmup_iters": 300}, 300),
+        ({"lr_warmup_samples": 6400, "global_batch_size": 32}, 200),
+        ({"lr_warmup_fraction": 0.05, "train_iters": 10_000}, 500),
+        ({"lr_warmup_fraction": 0.05, "train_iters": 10_000, "lr_decay_iters": 8_000}, 400),
+    ],
+)
+def test_kurtosis_is_not_judged_while_the_learning_rate_warms_up(changes: dict[str, Any], steps: int) -> None:
+    run = metrics.install(GPTModel((1,)), args(**changes))
+    assert run is not None and run.alarms.thresholds.warmup == steps
+
+
 def test_off_means_no_hooks() -> None:
     model = GPTModel((1,))
     assert metrics.install(model, args(fp8_metrics_interval=0)) is None
