@@ -106,6 +106,21 @@ class TestOneRank:
         used = [g is not None and bool(g.any()) for name, g in gradients.items() if "layers.0.mlp.experts" in name and "fc1" in name]
         assert len(used) == 8 and sum(used) >= 4
 
+    def test_xielu_of_a_gpu_is_the_same_function(self, groups):
+        """CUDA tensors take the compiled form; what is compiled is checked here, the compiler is not."""
+        from fp8_recipes.megatron import fog
+        from fp8_recipes.nn import fog as parts
+
+        x, dy = torch.randn(2, 8, 2, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+        x, alpha = x.requires_grad_(), torch.tensor([0.8, 0.7], requires_grad=True)
+        results = []
+        with torch.compiler.set_stance("force_eager"):
+            for function in (fog._CompiledXielu, parts._Xielu):
+                y = function.apply(x, alpha)
+                results.append((y, *torch.autograd.grad(y, (x, alpha), dy.transpose(0, 1).contiguous().transpose(0, 1))))
+        for compiled, plain in zip(*results, strict=True):
+            assert compiled.dtype == plain.dtype and torch.equal(compiled, plain)
+
     @pytest.mark.parametrize("name", ["fog-max", "op"])
     def test_pass_without_gradients_keeps_nothing(self, groups, name):
         """Megatron enables gradients around the residual addition whatever surrounds it."""
