@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="directory for dispatch_bench.csv")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         sys.exit("start this with torchrun --nproc-per-node 2 scripts/bench_dispatch.py")
     if args.cpu and not args.check:
         sys.exit("--cpu checks only; add --check")

@@ -90,6 +90,7 @@ say "mypy"
 mypy
 say "shellcheck"
 shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch configs/*.sh .ci/run
-say "pytest"
-python -m pytest -m "not gpu and not multi_gpu" "$@"
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
+say "pytest, $workers files at a time"
+python -m pytest -n "$workers" --dist loadfile -m "not gpu and not multi_gpu" "$@"
 say "passed in $((SECONDS - began)) s${skipped:+; left out: Megatron and TransformerEngine ($skipped)}"

@@ -45,6 +45,7 @@ def finish() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]  # or later tests of this process take it for one of torchrun's
 
 
 def config_of(architecture: Architecture, **changes):

@@ -27,7 +27,7 @@ def cases():
         yield from ((model, recipe) for recipe in recipes)
 
 
-@pytest.mark.parametrize(("model", "recipe"), cases())
+@pytest.mark.parametrize(("model", "recipe"), list(cases()))
 def test_launch_is_accepted_and_means_what_it_says(configure, monkeypatch, model, recipe):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))  # --moe-grouped-gemm asks
     command = [str(ROOT / "scripts" / "launch.sh"), "--model", model, "--recipe", recipe, "--steps", "20", "--dry-run", "--", *WATCHED.split()]
