@@ -25,5 +25,6 @@ def _run(rank: int, port: int, function: Any, args: tuple[Any, ...]) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         function(rank, *args)
+        dist.barrier()  # a rank that leaves while the other is still under way may abort in gloo's threads
     finally:
         dist.destroy_process_group()
