@@ -154,6 +154,7 @@ def main(rank: int, directory: Path, jobs: list[dict]) -> None:
         with contextlib.redirect_stdout(printed):
             result = run(job, rank, directory)
         torch.save(result | {"printed": [line for line in printed.getvalue().splitlines() if "maxima" in line]}, directory / f"{job['name']}-{rank}.pt")
+    torch.distributed.barrier()  # leave together: a rank that is gone early may abort in gloo's threads
     torch.distributed.destroy_process_group()
 
 

@@ -43,6 +43,7 @@ def initialise(rank: int = 0, world: int = 1, store: str = "", tensor_parallel: 
 def finish() -> None:
     from megatron.core import parallel_state
 
+    torch.distributed.barrier()  # leave together: a rank that is gone early may abort in gloo's threads
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     del os.environ["RANK"], os.environ["WORLD_SIZE"]  # or later tests of this process take it for one of torchrun's
