@@ -4,7 +4,8 @@ SHARED_ARGS=(
   --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
   --lr-decay-style cosine --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
 )
-LLAMA_ARGS=(--normalization RMSNorm --swiglu)
+# Of a model that is another architecture with the same sizes: it sets these and then reads the file of that model.
+ARCHITECTURE_ARGS=(--normalization RMSNorm --swiglu)
 EXPERT_ARGS=(
   --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
   --moe-token-dispatcher-type alltoall --moe-grouped-gemm --moe-permute-fusion

@@ -214,3 +214,18 @@ def watched(monkeypatch: pytest.MonkeyPatch, large: int) -> Iterator[tuple[colle
             patch.setattr(ops, name, counted(name, getattr(ops, name)))
         with movements:
             yield calls, movements
+
+
+def check_nan_in_one_token(c: Case, run: Experts) -> None:
+    """A NaN in token 5 is in that token's results and in the gradients of its experts, and changes no bit of the others."""
+    clean = results(c, run)
+    c.x = c.x.clone()
+    c.x[5, 7] = math.nan
+    got = results(c, run)
+    others = torch.arange(len(c.x)) != 5
+    for name in ("y", "dx", "dprob"):
+        assert torch.isnan(got[name][5]).all() and torch.equal(got[name][others], clean[name][others]), name
+    mine = torch.zeros(len(c.w1), dtype=torch.bool)
+    mine[c.index[5].long()] = True
+    for name in ("dw1", "dw2"):
+        assert torch.isnan(got[name][mine]).all() and torch.equal(got[name][~mine], clean[name][~mine]), name

@@ -8,7 +8,7 @@ MODEL_ARGS=(
   --num-attention-heads 32
   --seq-length 4096
   --max-position-embeddings 4096
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
 OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-warmup-iters 2)

@@ -1,18 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# 8 of the 32 layers of an 8B (hidden 4096, 32 heads of 128 with 8 key heads, sequence 4096), FOG-flash: FFN 21504 without a gate (1.5 x 14336); 32000 words.
-# fog_max_8l_8b is FOG-max. The speed benchmark beside llama3_8l_8b: micro-batch 2, global batch 8.
-MODEL_ARGS=(
-  --num-layers 8
-  --hidden-size 4096
-  --ffn-hidden-size 14336
-  --num-attention-heads 32
-  --group-query-attention
-  --num-query-groups 8
-  --seq-length 4096
-  --max-position-embeddings 4096
-  --fog flash
-  --rotary-base 500000
-)
-BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
-OPTIMIZER_ARGS=(--lr 3e-4 --min-lr 3e-5 --lr-warmup-iters 2)
-VOCAB_ARGS=("${WORD_VOCAB_ARGS[@]}")
+# llama3_8l_8b as FOG-flash: FFN 21504 without a gate (1.5 x 14336). fog_max_8l_8b is FOG-max.
+ARCHITECTURE_ARGS=(--fog flash)
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/llama3_8l_8b.sh"

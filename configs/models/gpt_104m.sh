@@ -8,7 +8,7 @@ MODEL_ARGS=(
   --num-attention-heads 16
   --seq-length 2048
   --max-position-embeddings 2048
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
 )
 BATCH_ARGS=(--micro-batch-size 16 --global-batch-size 64)
 OPTIMIZER_ARGS=(--lr 6e-4 --min-lr 6e-5 --lr-warmup-fraction 0.05)

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# 158 M parameters: fog_150m as Llama3, with pre-norms and SwiGLU 4096. The reference of its loss runs.
+# 158 M parameters, Llama3: hidden 1024, SwiGLU 4096, 8 heads of 128 with 4 key heads, sequence 2048, bytes for tokens. The reference of the loss runs of fog_150m.
 MODEL_ARGS=(
   --num-layers 10
   --hidden-size 1024
@@ -9,7 +9,7 @@ MODEL_ARGS=(
   --num-query-groups 4
   --seq-length 2048
   --max-position-embeddings 2048
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
   --rotary-base 500000
 )
 BATCH_ARGS=(--micro-batch-size 16 --global-batch-size 64)

@@ -10,7 +10,7 @@ MODEL_ARGS=(
   --num-query-groups 8
   --seq-length 4096
   --max-position-embeddings 4096
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
   --rotary-base 500000
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)

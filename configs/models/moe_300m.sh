@@ -9,7 +9,7 @@ MODEL_ARGS=(
   --num-attention-heads 12
   --seq-length 2048
   --max-position-embeddings 2048
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
   --num-experts 64
   --moe-layer-freq "([0]+[1]*8)"
   --moe-router-topk 6

@@ -7,7 +7,7 @@ MODEL_ARGS=(
   --num-attention-heads 16
   --seq-length 4096
   --max-position-embeddings 4096
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
   --num-experts 64
   --moe-router-topk 6
   --moe-ffn-hidden-size 1408

@@ -7,7 +7,7 @@ MODEL_ARGS=(
   --num-attention-heads 4
   --seq-length 256
   --max-position-embeddings 256
-  "${LLAMA_ARGS[@]}"
+  "${ARCHITECTURE_ARGS[@]}"
 )
 BATCH_ARGS=(--micro-batch-size 2 --global-batch-size 8)
 OPTIMIZER_ARGS=(--lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 2)
