@@ -43,7 +43,7 @@ from .common import (
 )
 from .launch import launch
 from .quantize import given_exponent
-from .words import pack_4, shift_words, transpose_4x4
+from .words import load_quads, pack_4, shift_words, transpose_4x4
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,7 @@ def _fold_transpose_kernel(
     in_words = cols // 4
     out_words = rows // 4
     mask = (quad < out_words) & (word < in_words)
-    source = payload_ptr + quad.to(tl.int64) * 4 * in_words + word
-    w0 = tl.load(source, mask=mask, other=0)
-    w1 = tl.load(source + in_words, mask=mask, other=0)
-    w2 = tl.load(source + 2 * in_words, mask=mask, other=0)
-    w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
+    w0, w1, w2, w3 = load_quads(payload_ptr, quad, word, in_words, mask)
     if OVERLAP:
         _wait_for_previous_kernel()
     target = tl.max(tl.load(partial_ptr + col_block * partial_stride + tl.arange(0, PARTS)).to(tl.int32), axis=0)

@@ -18,7 +18,7 @@ from . import common
 from .common import cdiv, check_device, next_power_of_2, pow2, scale_bytes, tiles_of
 from .fold_transpose import _dependents_may_start, _row_shift, _source_constants, _tile_bytes, _wait_for_previous_kernel
 from .launch import launch
-from .words import shift_words, transpose_4x4
+from .words import load_quads, shift_words, transpose_4x4
 
 CHUNK = 128
 """Block maxima that a program reads at a time."""
@@ -95,11 +95,7 @@ def _grouped_fold_transpose_kernel(
     in_words = cols // 4
     out_words = rows // 4
     mask = word < in_words
-    source = payload_ptr + quad.to(tl.int64) * 4 * in_words + word
-    w0 = tl.load(source, mask=mask, other=0)
-    w1 = tl.load(source + in_words, mask=mask, other=0)
-    w2 = tl.load(source + 2 * in_words, mask=mask, other=0)
-    w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
+    w0, w1, w2, w3 = load_quads(payload_ptr, quad, word, in_words, mask)
     if OVERLAP:
         _wait_for_previous_kernel()
     target = _maximum_over(maximum_ptr + col_block * (rows // 128), first, beyond, CHUNK)

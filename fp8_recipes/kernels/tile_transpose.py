@@ -17,7 +17,7 @@ from . import common
 from .common import cdiv, check_device, check_not_empty, tiles_of
 from .fold_transpose import _source_constants
 from .launch import launch
-from .words import shift_words, transpose_4x4
+from .words import load_quads, shift_words, transpose_4x4
 
 
 @triton.jit
@@ -73,11 +73,7 @@ def _tile_transpose_kernel(
     in_words = cols // 4
     out_words = rows // 4
     mask = (quad < out_words) & (word < in_words)
-    source = payload_ptr + quad.to(tl.int64) * 4 * in_words + word
-    w0 = tl.load(source, mask=mask, other=0)
-    w1 = tl.load(source + in_words, mask=mask, other=0)
-    w2 = tl.load(source + 2 * in_words, mask=mask, other=0)
-    w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
+    w0, w1, w2, w3 = load_quads(payload_ptr, quad, word, in_words, mask)
     target = _largest_byte(source_ptr, exponent_ptr, block, col_block, rows, cols, GROUP)
     b0 = _scale_byte(source_ptr, quad * 4, word * 4, mask, cols, GROUP)
     b1 = _scale_byte(source_ptr, quad * 4 + 1, word * 4, mask, cols, GROUP)

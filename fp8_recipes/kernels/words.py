@@ -142,6 +142,17 @@ def transpose_4x4(a, b, c, d):
 
 
 @triton.jit
+def load_quads(payload_ptr, quad, word, in_words, mask):
+    """Of four rows each, one word of four columns: four int32 tensors [quads, words]. quad: [quads, 1] groups of four rows, word: [1, words]."""
+    source = payload_ptr + quad.to(tl.int64) * 4 * in_words + word
+    w0 = tl.load(source, mask=mask, other=0)
+    w1 = tl.load(source + in_words, mask=mask, other=0)
+    w2 = tl.load(source + 2 * in_words, mask=mask, other=0)
+    w3 = tl.load(source + 3 * in_words, mask=mask, other=0)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def pack_4(a, b, c, d, E5M2: tl.constexpr):
     """Four fp32 values rounded to FP8 in one word, a in the lowest byte."""
     if INTERPRETED:
