@@ -3,7 +3,7 @@
 #
 #   scripts/loss_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=gpt_104m STEPS=800 TEXT_MB=150 scripts/loss_megatron.sh out bf16 moss tensorwise
-#   PARALLEL=1 scripts/loss_megatron.sh out bf16 moss tensorwise      # one GPU per recipe, all at once
+#   PARALLEL=2 scripts/loss_megatron.sh out bf16 moss tensorwise      # all at once, in turn on two GPUs (of CUDA_VISIBLE_DEVICES, if that is set)
 #   START=300 scripts/loss_megatron.sh out bf16 moss tensorwise       # the first recipe for 300 steps, then every recipe from that checkpoint
 #
 # Small models scatter by most of a percent from scratch, two bf16 runs included; from a common start a band of 0.25 % can be measured (docs/benchmarks.md).
@@ -20,6 +20,9 @@ export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 steps=${STEPS:-800}
 start=${START:-}
+parallel=${PARALLEL:-}
+IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((${parallel:-1} - 1)))}"
+[[ ${parallel:-1} -le ${#gpus[@]} ]] || { echo "loss_megatron.sh: PARALLEL=$parallel, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#gpus[@]} GPUs" >&2; exit 2; }
 data=${DATA:-}
 if [[ -z "$data" ]]; then
   data="$out/text"
@@ -60,8 +63,8 @@ for recipe in "$@"; do
     continue
   fi
   echo "== $recipe -> $out/$name.jsonl"
-  if [[ -n "${PARALLEL:-}" ]]; then
-    CUDA_VISIBLE_DEVICES=$index MASTER_PORT=$((29500 + index)) train "$recipe" "$name" "${resume[@]}" &
+  if [[ -n "$parallel" ]]; then
+    CUDA_VISIBLE_DEVICES=${gpus[index % parallel]} MASTER_PORT=$((${MASTER_PORT:-29500} + index)) train "$recipe" "$name" "${resume[@]}" &
     jobs+=($!)
     index=$((index + 1))
   else

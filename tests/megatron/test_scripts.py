@@ -175,7 +175,7 @@ exec REAL "$@"
 """
 
 
-@pytest.mark.parametrize("parallel", ["", "1"])
+@pytest.mark.parametrize("parallel", ["", "2"])
 def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, parallel):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
     fake = tmp_path / "python3"
@@ -191,6 +191,22 @@ def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, para
     again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss:interval=5", **environment)
     assert again.returncode == 0 and "== bf16: " in again.stdout and "has all 3 steps" in again.stdout
     assert len((out / "bf16.jsonl").read_text().splitlines()) == 3
+
+
+def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "1", "PARALLEL": "2", "CUDA_VISIBLE_DEVICES": "3,1", "MASTER_PORT": "29700"}
+    result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", "fog", **environment)
+    assert result.returncode == 0, result.stderr
+    for name, gpu, port in (("bf16", 3, 29700), ("moss", 1, 29701), ("fog", 3, 29702)):
+        log = (out / f"{name}.log").read_text()
+        assert f"gpu={gpu} " in log and f"--master-port {port} " in log
+    refused = run(SCRIPTS / "loss_megatron.sh", out, "bf16", **{**environment, "PARALLEL": "3"})
+    assert refused.returncode == 2 and "PARALLEL=3, but CUDA_VISIBLE_DEVICES=3,1 has 2 GPUs" in refused.stderr
 
 
 def test_loss_script_from_a_common_start(tmp_path):
