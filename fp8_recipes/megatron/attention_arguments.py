@@ -20,15 +20,10 @@ from . import delayed_state
 
 # The limits of TransformerEngine's FP8 attention on Hopper, and where upstream states them: [1] get_attention_backend in TransformerEngine 2.20.2
 # (pytorch/attention/dot_product_attention/utils.py), [2] nvte_get_fused_attn_backend before 2.20 (common/fused_attn/fused_attn.cpp; 2.20 asks cuDNN instead),
-# [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3].
+# [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3]. cuDNN itself is 9.12 or newer:
+# TransformerEngine refuses to be imported with another, and what older ones cannot do needs no rule here.
 HEAD = 128
 """Features per head, of queries, keys and values [2, 3]: the backward pass takes no other, the forward pass up to 256."""
-CUDNN = (9, 2, 1)
-"""First cuDNN that TransformerEngine takes [2]."""
-ANY_LENGTH = ((9, 7, 0), 128)
-"""First cuDNN for sequences of any length; before it, multiples of this [2]."""
-BROKEN = (9, 10, 0)
-"""cuDNN with known bugs in this kernel [2, 3]."""
 DETERMINISTIC = (9, 19, 0)
 """First cuDNN whose backward pass TransformerEngine takes for deterministic [1]."""
 HISTORY = 1024
@@ -118,16 +113,12 @@ def _shapes(args: argparse.Namespace) -> list[tuple[Any, str]]:
     if None in (heads, hidden, seq):
         return []  # Megatron names the missing flag itself
     head, grouped = args.kv_channels or hidden // heads, args.group_query_attention and groups
-    tp, version, (any_length, multiple) = args.tensor_model_parallel_size, cudnn_version(), ANY_LENGTH
+    tp = args.tensor_model_parallel_size
     return [
         (
             head != HEAD,
             f"--num-attention-heads {heads} --hidden-size {hidden}: heads of {head} features, and cuDNN trains heads of {HEAD} only; "
             f"use --num-attention-heads {max(1, hidden // HEAD)}, or --kv-channels {HEAD}",
-        ),
-        (
-            version is not None and version < any_length and seq % multiple,
-            f"--seq-length {seq}: cuDNN {_dots(version)} takes multiples of {multiple}, and any length from {_dots(any_length)} on",
         ),
         (grouped and heads % groups, f"--num-query-groups {groups}: {heads} query heads are not a multiple of it; choose a divisor of --num-attention-heads"),
         (grouped and groups < tp, f"--num-query-groups {groups}: fewer than --tensor-model-parallel-size {tp}; give each rank a key head of its own"),
@@ -170,16 +161,13 @@ def _features(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 def _environment(args: argparse.Namespace) -> list[tuple[Any, str]]:
     version = cudnn_version() or (99,)
-    upgrade = "pip install -U nvidia-cudnn-cu13 (or -cu12)"
     repeatable = args.deterministic_mode or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
     off = [f"{name}={os.environ[name]}" for name, values in _OFF.items() if os.environ.get(name) in values]
     return [
-        (version < CUDNN, f"cuDNN {_dots(version)}: FP8 attention came with {_dots(CUDNN)}; {upgrade}"),
-        (version == BROKEN, f"cuDNN {_dots(version)}: known bugs in FP8 attention; {upgrade}"),
         (
             repeatable and version < DETERMINISTIC,
             f"--deterministic-mode / NVTE_ALLOW_NONDETERMINISTIC_ALGO=0: cuDNN {_dots(version)} has no deterministic FP8 attention, "
-            f"{_dots(DETERMINISTIC)} does; {upgrade}",
+            f"{_dots(DETERMINISTIC)} does; pip install -U nvidia-cudnn-cu13 (or -cu12)",
         ),
         (off, f"{', '.join(off)} in the environment turns FP8 attention off, or half of it; unset it"),
     ]
@@ -207,11 +195,17 @@ def _own(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 
 def cudnn_version() -> tuple[int, int, int] | None:
-    """(major, minor, patch) of the cuDNN that torch has loaded, None on a machine without a GPU."""
+    """(major, minor, patch) of the cuDNN that TransformerEngine runs, 9.12 or newer by its own check; None on a machine without a GPU.
+
+    Not `torch.backends.cudnn.version`, which raises where the cuDNN that is loaded is older than the one torch was compiled with; TransformerEngine runs there.
+    """
     import torch
 
-    number = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    return None if number is None else (number // 10000, number // 100 % 100, number % 100)
+    if not torch.cuda.is_available():
+        return None
+    from transformer_engine.pytorch.utils import get_cudnn_version
+
+    return get_cudnn_version()
 
 
 def _dots(version: tuple[int, ...] | None) -> str:
