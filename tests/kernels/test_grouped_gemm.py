@@ -290,7 +290,7 @@ for kernel, dtype, constants in (
 ):
     constants = {**usual, **constants}
     if kernel is _grouped_wgrad_kernel:
-        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
+        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, "FETCH": "", **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
