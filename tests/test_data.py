@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fp8_recipes import data
@@ -46,7 +48,36 @@ def test_round_trip_through_megatrons_reader(tmp_path):
     assert summary == data.Summary(documents=2, tokens=sum(len(t) + 1 for t in texts), duplicates=1, binaries=2)
     assert len(dataset) == 2 and list(dataset.document_indices) == [0, 1, 2]
     for item, text in zip((dataset[0], dataset[1]), texts, strict=True):
-        assert bytes(item[:-1].astype("uint8")) == text and item[-1] == data.EOD
+        assert bytes(item[:-1].astype("uint8")) == text and item[-1] == data.BYTES.eod
+
+
+def test_byte_pairs_decode_to_the_text_and_are_fewer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="Megatron-Core is not installed")
+    root = Path(data.__file__).parent
+    prefix, texts = tmp_path / "out" / "text", list(data.documents([root]))
+    summary = data.build_from_roots(prefix, [root], vocab_size=600)
+    tokenizer, dataset = tokenizers.Tokenizer.from_file(f"{prefix}.tokenizer.json"), indexed.IndexedDataset(str(prefix))
+    assert summary.documents == len(texts) == len(dataset) and summary.tokens < sum(map(len, texts)) / 2
+    for number, text in enumerate(texts):
+        *ids, last = dataset[number].tolist()
+        assert last == 599 and max(ids) < 599 and tokenizer.decode(ids).encode() == text
+    data.build_from_roots(tmp_path / "again", [root], vocab_size=600)
+    for suffix in (".bin", ".idx", ".tokenizer.json"):
+        assert (tmp_path / f"again{suffix}").read_bytes() == Path(f"{prefix}{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("size", [256, 511, 65537])
+def test_vocabulary_of_a_size_that_cannot_be_is_refused(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--out", str(tmp_path / "text"), "--roots", str(corpus(tmp_path / "src")), "--vocab", str(size)])
+    assert f"a vocabulary of {size} byte-pair tokens: choose 512 to 65536, or 257 for bytes" in str(stop.value) and not capsys.readouterr().out
+
+
+def test_too_little_text_for_the_vocabulary_is_said(tmp_path):
+    pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    with pytest.raises(ValueError, match=r"the text has pairs for \d+ tokens only, not for 40000; give more text or a smaller --vocab"):
+        data.build_from_roots(tmp_path / "text", [corpus(tmp_path / "src")], vocab_size=40000)
 
 
 def test_same_roots_same_bytes(tmp_path):

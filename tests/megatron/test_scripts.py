@@ -199,12 +199,14 @@ def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path):
     fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
     fake.chmod(0o755)
     out = tmp_path / "out"
-    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "1", "PARALLEL": "2", "CUDA_VISIBLE_DEVICES": "3,1", "MASTER_PORT": "29700"}
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "1", "VOCAB": "900"}
+    environment |= {"PARALLEL": "2", "CUDA_VISIBLE_DEVICES": "3,1", "MASTER_PORT": "29700"}
     result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", "fog", **environment)
     assert result.returncode == 0, result.stderr
     for name, gpu, port in (("bf16", 3, 29700), ("moss", 1, 29701), ("fog", 3, 29702)):
         log = (out / f"{name}.log").read_text()
         assert f"gpu={gpu} " in log and f"--master-port {port} " in log
+        assert log.index("--vocab-size 257") < log.index("--vocab-size 900 --null-tokenizer-eod-id 899")  # the later one counts
     refused = run(SCRIPTS / "loss_megatron.sh", out, "bf16", **{**environment, "PARALLEL": "3"})
     assert refused.returncode == 2 and "PARALLEL=3, but CUDA_VISIBLE_DEVICES=3,1 has 2 GPUs" in refused.stderr
 
