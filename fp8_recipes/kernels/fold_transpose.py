@@ -123,7 +123,7 @@ def _fold_transpose_kernel(
     COLUMNS_FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program: TR rows x 128 columns. payload and out are int32 words; rows and cols are multiples of 4."""
+    """One program: TR rows x 128 columns. payload and out are int32 words; rows and cols are multiples of 4. GROUP -1: one scale for all, nothing shifts."""
     row_blocks = (rows + TR - 1) // TR
     col_blocks = (cols + 127) // 128
     if COLUMNS_FIRST:
@@ -138,11 +138,15 @@ def _fold_transpose_kernel(
     w0, w1, w2, w3 = load_quads(payload_ptr, quad, word, in_words, mask)
     if OVERLAP:
         _wait_for_previous_kernel()
-    target = tl.max(tl.load(partial_ptr + col_block * partial_stride + tl.arange(0, PARTS)).to(tl.int32), axis=0)
-    w0 = shift_words(w0, _row_shift(source_ptr, quad * 4, word * 4, target, rows, cols, GROUP), E5M2)
-    w1 = shift_words(w1, _row_shift(source_ptr, quad * 4 + 1, word * 4, target, rows, cols, GROUP), E5M2)
-    w2 = shift_words(w2, _row_shift(source_ptr, quad * 4 + 2, word * 4, target, rows, cols, GROUP), E5M2)
-    w3 = shift_words(w3, _row_shift(source_ptr, quad * 4 + 3, word * 4, target, rows, cols, GROUP), E5M2)
+    if GROUP < 0:
+        scale_bits = tl.load(source_ptr).to(tl.int32, bitcast=True)
+    else:
+        target = tl.max(tl.load(partial_ptr + col_block * partial_stride + tl.arange(0, PARTS)).to(tl.int32), axis=0)
+        scale_bits = target << 23
+        w0 = shift_words(w0, _row_shift(source_ptr, quad * 4, word * 4, target, rows, cols, GROUP), E5M2)
+        w1 = shift_words(w1, _row_shift(source_ptr, quad * 4 + 1, word * 4, target, rows, cols, GROUP), E5M2)
+        w2 = shift_words(w2, _row_shift(source_ptr, quad * 4 + 2, word * 4, target, rows, cols, GROUP), E5M2)
+        w3 = shift_words(w3, _row_shift(source_ptr, quad * 4 + 3, word * 4, target, rows, cols, GROUP), E5M2)
     o0, o1, o2, o3 = transpose_4x4(w0, w1, w2, w3)
     out_quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[None, :]
     out_word = col_block * 32 + tl.arange(0, 32)[:, None]
@@ -154,7 +158,7 @@ def _fold_transpose_kernel(
     tl.store(out + 3 * out_words, tl.trans(o3), mask=out_mask)
     if row_block == 0:
         column = col_block * 128 + tl.arange(0, 128)
-        tl.store(scale_ptr + column, (tl.zeros_like(column) + target << 23).to(tl.float32, bitcast=True), mask=column < cols)
+        tl.store(scale_ptr + column, (tl.zeros_like(column) + scale_bits).to(tl.float32, bitcast=True), mask=column < cols)
 
 
 @triton.jit
@@ -237,14 +241,17 @@ def _source_constants(granularity: str, dtype: torch.dtype) -> dict[str, Any]:
 def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: TransposePlan | None = None) -> ScaledTensor:
     """Kernel twin of `fp8_recipes.reference.fold_transpose`: payload [cols, rows], one scale per row of the result.
 
-    q: row (with tile_exponent), tile or micro (global_scale None). Where a scale is not a power of two the reference raises; here its values become NaN,
-    because to raise the host would have to wait for the GPU. plan: tile and launch order, for benchmarks.
+    q: row (with tile_exponent), tile or micro (global_scale None), or tensor. Where a scale is not a power of two the reference raises; here its values become
+    NaN, because to raise the host would have to wait for the GPU. (One scale for all is never shifted and may be any number.) plan: tile and launch order, for
+    benchmarks.
     """
     if to not in ("column_block", "tensor"):
         raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
     check_device(q.payload, "payload")
     check_not_empty(q.payload, "payload")
     plan = PLAN if plan is None else plan
+    if q.granularity == "tensor":
+        return _transpose(q, plan)
     rows, cols = q.payload.shape
     tiles = _tile_bytes(q)
     overlap = plan.overlap and to == "column_block" and not common.IS_INTERPRETED
@@ -265,6 +272,21 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
         arguments = (q.payload.view(torch.int32), payload, scale, source, partial, rows, cols, stride)
         options = {"COLUMNS_FIRST": plan.columns_first, "OVERLAP": overlap, "num_warps": plan.warps, "launch_pdl": overlap}
         launch(_fold_transpose_kernel, (cdiv(rows, plan.rows) * tiles_of(cols),), *arguments, PARTS=parts, TR=plan.rows, **constants, **options)
+    return ScaledTensor(payload.view(q.payload.dtype), scale, "row")
+
+
+def _transpose(q: ScaledTensor, plan: TransposePlan) -> ScaledTensor:
+    """`fold_transpose` of a payload under one scale: no target to find, every byte moves as it is."""
+    rows, cols = q.payload.shape
+    if rows % 4 or cols % 4:  # no GEMM takes those
+        payload = q.payload.view(torch.uint8).t().contiguous()
+        return ScaledTensor(payload.view(q.payload.dtype), q.scale.expand(cols).contiguous(), "row")
+    payload = common.empty((cols, rows // 4), torch.int32, q.device)
+    scale = common.empty((cols,), torch.float32, q.device)
+    arguments = (q.payload.view(torch.int32), payload, scale, q.scale, q.scale, rows, cols, 0)
+    options = {"COLUMNS_FIRST": plan.columns_first, "OVERLAP": False, "num_warps": plan.warps}
+    constants = {"PARTS": 1, "TR": plan.rows, "GROUP": -1, "E5M2": is_e5m2(format_of(q.payload.dtype))}
+    launch(_fold_transpose_kernel, (cdiv(rows, plan.rows) * tiles_of(cols),), *arguments, **constants, **options)
     return ScaledTensor(payload.view(q.payload.dtype), scale, "row")
 
 

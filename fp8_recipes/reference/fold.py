@@ -57,13 +57,13 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block") -> ScaledTensor:
     """Transposed payload [cols, rows] under one scale per row of the result, all that the contraction over the original rows allows.
 
     to: "column_block" (128 original columns share the largest of their tile scales) or "tensor". The result's ``scale`` is [cols] fp32, granularity "row".
+    A payload under one scale ("tensor") keeps its bytes and its scale.
     """
-    tiles = tile_exponents(q)
-    if to == "column_block":
-        target = tiles.amax(dim=0).repeat_interleave(TILE)[: q.shape[1]]
-    elif to == "tensor":
-        target = tiles.amax().expand(q.shape[1])
-    else:
+    if to not in ("column_block", "tensor"):
         raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
+    if q.granularity == "tensor":
+        return ScaledTensor(q.payload.t().contiguous(), q.scale.expand(q.shape[1]).contiguous(), "row")
+    tiles = tile_exponents(q)
+    target = tiles.amax(dim=0).repeat_interleave(TILE)[: q.shape[1]] if to == "column_block" else tiles.amax().expand(q.shape[1])
     payload = _shift(q, target[None, :]).t().contiguous()
     return ScaledTensor(payload, pow2(target.contiguous()), "row")

@@ -54,6 +54,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
             for tr, warps in ((128, 4), (256, 8)):
                 constants = {**TRANSPOSE, "TR": tr, "GROUP": group, "OVERLAP": group == 0, "E5M2": e5m2, "num_warps": warps}
                 found.append(("fold_transpose", "_fold_transpose_kernel", constants, {**WORDS, "source_ptr": source}, 8))
+        constants = {**TRANSPOSE, "TR": 128, "GROUP": -1, "OVERLAP": False, "E5M2": e5m2}
+        found.append(("fold_transpose", "_fold_transpose_kernel", constants, {**WORDS, "source_ptr": "*fp32", "partial_ptr": "*fp32"}, 8))
         found.append(("fold_transpose", "_quantize_given_transposed_kernel", {"TR": 128, "TC": 64, "COLUMNS_FIRST": True, "E5M2": e5m2}, WORDS, 8))
         found.append(("fold_transpose", "_fold_transpose_bytes_kernel", {"PARTS": 128, "GROUP": 32, "E5M2": e5m2}, {"source_ptr": "*u8"}, 0))
         found.append(("quantize", "_quantize_wide_rows_kernel", {"TILES": 32, "GLOBAL": False, "E5M2": e5m2, **LOCAL["micro"]}, {}, 4))

@@ -60,6 +60,20 @@ def test_fold_transpose(device, shape, granularity, fold, to, fmt):
     assert_bitwise(fold_transpose(q, to), reference.fold_transpose(q, to))
 
 
+@formats
+@pytest.mark.parametrize("to", ["column_block", "tensor"])
+@pytest.mark.parametrize("shape", [(36, 160), (32, 128), (160, 36), (68, 260), (7, 130), (4, 100)], ids=str)
+def test_one_scale_for_all_moves_every_byte_as_it_is(device, shape, to, fmt):
+    q = reference.quantize(nasty(*shape, device), "tensor", fmt)
+    got = fold_transpose(q, to)
+    assert_bitwise(got, reference.fold_transpose(q, to))
+    assert torch.equal(got.payload.view(torch.uint8).t(), q.payload.view(torch.uint8)) and (got.scale == q.scale).all()
+    q = ScaledTensor(all_codes().repeat(8, 1).view(fmt.dtype).to(device), torch.tensor(0.3, device=device), "tensor")
+    got = fold_transpose(q, to)
+    assert torch.equal(got.payload.view(torch.uint8).t(), q.payload.view(torch.uint8)), "NaN codes and a scale that is no power of two included"
+    assert (got.scale == q.scale).all()
+
+
 @pytest.mark.parametrize("columns_first", [False, True])
 def test_launch_orders(device, columns_first):
     q = reference.quantize(nasty(68, 260, device), "micro", fold="row")
@@ -120,3 +134,5 @@ def test_real_sizes(device, shape, plan):
         for granularity, fold in (("micro", "row"), ("row", None), ("micro", None)):
             q = quantize(nasty(*shape, device), granularity, fmt, fold=fold)
             assert_bitwise(fold_transpose(q, plan=plan), reference.fold_transpose(q))
+        q = quantize(nasty(*shape, device), "tensor", fmt)
+        assert_bitwise(fold_transpose(q, plan=plan), reference.fold_transpose(q))

@@ -201,6 +201,14 @@ def test_folding_twice_is_folding_once_when_nothing_becomes_subnormal() -> None:
         assert torch.equal(dequantize(fold_transpose(fold(q, "row"))), dequantize(q).t())
 
 
+@pytest.mark.parametrize("to", ["column_block", "tensor"])
+def test_under_one_scale_the_transpose_is_only_that(to: str) -> None:
+    q = quantize(values(12, 300, seed=7), "tensor")
+    turned = fold_transpose(q, to)
+    assert torch.equal(turned.payload.view(torch.uint8), q.payload.view(torch.uint8).t())
+    assert turned.granularity == "row" and torch.equal(turned.scale, q.scale.expand(300))
+
+
 def test_refusals() -> None:
     x = values(4, 300, seed=6)
     for granularity in ("row", "tensor", "tile"):
@@ -209,8 +217,8 @@ def test_refusals() -> None:
     for granularity in ("tensor", "block"):
         with pytest.raises(ValueError, match=f"cannot fold a {granularity} payload to rows"):
             fold(quantize(x, granularity), "row")
-        with pytest.raises(ValueError, match=f"a {granularity} payload carries no tile exponents"):
-            fold_transpose(quantize(x, granularity))
+    with pytest.raises(ValueError, match="a block payload carries no tile exponents"):
+        fold_transpose(quantize(x, "block"))
     with pytest.raises(ValueError, match="cannot fold_transpose to 'row'; expected 'column_block' or 'tensor'"):
         fold_transpose(quantize(x, "row"), to="row")
     measured = quantize(x, "micro", global_scale="measured")
