@@ -6,6 +6,7 @@ Signatures and meaning: `fp8_recipes.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,12 +16,19 @@ from .reference import GroupedTensor, RowLayout, RowMap, SendMap, dequantize, gr
 from .tensor import ScaledTensor
 
 
-def _backend(t: torch.Tensor | ScaledTensor | GroupedTensor) -> Any:
-    if t.device.type == "cuda":
-        from . import kernels
+@cache
+def _kernels() -> Any:
+    """Triton is imported where there is a GPU to use it."""
+    from . import kernels
 
-        return kernels
-    if t.device.type == "cpu":
+    return kernels
+
+
+def _backend(t: torch.Tensor | ScaledTensor | GroupedTensor) -> Any:
+    kind = t.device.type
+    if kind == "cuda":
+        return _kernels()
+    if kind == "cpu":
         return reference
     raise ValueError(f"fp8_recipes runs on CUDA and CPU tensors, got a tensor on {t.device}")
 

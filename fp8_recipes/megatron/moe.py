@@ -156,9 +156,8 @@ def flow_of(layer: Any, recipe: Recipe) -> LayerFlow:
     return flow
 
 
-def routed_experts(layer: Any, recipe: Recipe, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+def routed_experts(layer: Any, flow: LayerFlow, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
     """hidden: [S, B, H] bf16; probs, routing_map: [S * B, E] of the router. Returns the experts' combined output [S, B, H]."""
-    flow = flow_of(layer, recipe)
     index, prob = chosen_experts(probs, routing_map, layer.config.moe_router_topk)
     before_forward(layer.experts)
     fc1, fc2 = flow.linears
@@ -172,7 +171,7 @@ def routed_experts(layer: Any, recipe: Recipe, hidden: torch.Tensor, probs: torc
         activation=flow.activation,
         dispatcher=flow.dispatcher,
         num_experts=layer.config.num_moe_experts,
-        observer=getattr(layer, "fp8_observer", None),  # set by `metrics`
+        observer=layer.__dict__.get("fp8_observer"),  # set by `metrics`; a module looks everywhere for a name that it does not have
     )
     fc1.is_first_microbatch = fc2.is_first_microbatch = False
     return y.view(hidden.shape)
@@ -182,17 +181,19 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """``MoELayer.forward`` with the flow in front of the original."""
 
     def moe_forward(self: Any, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None) -> Any:
-        recipe = recipe_of(self)
-        if recipe is None:
-            return original(self, hidden_states, intermediate_tensors, padding_mask)
+        flow: LayerFlow | None = self.__dict__.get(_ATTRIBUTE)
+        if flow is None:  # not asked yet, or a layer that stays as it is
+            recipe = recipe_of(self)
+            if recipe is None:
+                return original(self, hidden_states, intermediate_tensors, padding_mask)
+            flow = flow_of(self, recipe)
         if intermediate_tensors is not None:
             raise RuntimeError("a CUDA graph splits this MoE layer into parts, but the flow from router to output is one; use --cuda-graph-impl none")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        flow_of(self, recipe)
         shared = self.shared_experts_compute(hidden_states)
         probs, routing_map = self.route(hidden_states, padding_mask)
-        output = routed_experts(self, recipe, hidden_states, probs, routing_map)
+        output = routed_experts(self, flow, hidden_states, probs, routing_map)
         return (output if shared is None else output + shared), None
 
     return moe_forward

@@ -63,7 +63,7 @@ def moe_experts(
         return plain_experts(x, expert_index, prob, w1, w2, act)
     if recipe.moe != "flow":
         raise RecipeError(f"recipe {recipe.name!r}: moe={recipe.moe} has no grouped products; use fp8_flow_moe, or {recipe.name}:moe=flow if it folds to rows")
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, prob, *w1, *w2))
+    save = torch.is_grad_enabled() and (x.requires_grad or prob.requires_grad or any(t.requires_grad for w in (w1, w2) for t in w))
     return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, act, save, observer), w1, w2)
 
 

@@ -29,10 +29,16 @@ class _ChosenExperts(torch.autograd.Function):
         return None if dprob is None else ops.chosen_experts_backward(dprob, index, ctx.experts, ctx.dtype), None, None
 
 
+_apply = super(torch.autograd.Function, _ChosenExperts).apply  # type: ignore[misc]
+"""`_ChosenExperts.apply` without its questions about functorch, which has no use for a function without setup_context: see `nn.experts.run_experts`."""
+
+
 def chosen_experts(probs: torch.Tensor, routing_map: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(expert ids [T, K] int32 in rising order, -1 where fewer than K were chosen; probabilities [T, K] fp32, whose gradients flow back into probs).
 
     probs: [T, E], any float dtype; routing_map: [T, E] bool (`fp8_recipes.reference.chosen_experts`).
     """
-    index, prob = _ChosenExperts.apply(probs, routing_map, topk)
+    if torch._C._are_functorch_transforms_active():
+        _ChosenExperts.apply(probs, routing_map, topk)  # raises
+    index, prob = _apply(probs, routing_map, topk)
     return index, prob

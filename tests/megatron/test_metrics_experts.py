@@ -98,10 +98,9 @@ def test_megatrons_layer_hands_its_observer_over(monkeypatch):
     monkeypatch.setattr(megatron_moe, "before_forward", lambda experts: None)
     linears = (SimpleNamespace(), SimpleNamespace())
     flow = megatron_moe.LayerFlow(from_name("fp8_flow_moe"), None, [], [], "swiglu", linears)
-    monkeypatch.setattr(megatron_moe, "flow_of", lambda layer, recipe: flow)
     layer = SimpleNamespace(experts=None, config=SimpleNamespace(num_moe_experts=2, moe_router_topk=1), fp8_observer=len)
     probs = torch.tensor([[0.7, 0.0]])
-    megatron_moe.routed_experts(layer, flow.recipe, torch.ones(1, 1, H), probs, probs > 0)
+    megatron_moe.routed_experts(layer, flow, torch.ones(1, 1, H), probs, probs > 0)
     assert given["observer"] is len
 
 
