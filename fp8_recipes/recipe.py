@@ -30,7 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "wgrad_fold": ("column_block", "tensor", "none"),
     "global_scale": ("unit", "measured"),
     "weight_scale": ("predicted", "measured"),
-    "weight_cache": ("none", "row"),
+    "weight_cache": ("none", "ffn", "row"),
     "moe": ("none", "flow"),
     "moe_saved": ("activation", "h", "input"),
     "attention": ("bf16", "fp8"),
@@ -58,7 +58,9 @@ class Recipe:
     interval: steps between true measurements of a predicted scale.
     promote: longest sum along K, in elements, that wgrad (and the LM head's dgrad) may make in Hopper's 14-bit FP8 accumulator before it is promoted to FP32;
         0 = no limit. Longer sums run on the library's split accumulator, which promotes far more often.
-    weight_cache: "none" casts a bf16 weight whenever it is used; "row" keeps its row-major payload from the first microbatch of a step to the last.
+    weight_cache: "none" casts a bf16 weight whenever it is used. "row" keeps its row-major payload, one byte per parameter, from the first microbatch of a step
+        to the last, "ffn" that of the FFNs only (in Megatron, where they run as one function). Experts are FFNs: either value keeps theirs. It speaks of the
+        layers that run this recipe, so with `dense` of the experts alone; the LM head's weight is never kept.
     quantize: False leaves every product in bf16.
     moe: "flow" runs a mixture-of-experts layer as one FP8 dataflow from dispatch to combine (`nn.moe`); "none" leaves it to whoever owns the layer.
         With fold="none" or wgrad_fold="none" its payloads (row scales) are multiplied exactly, expert by expert at bf16 speed: the check.
@@ -132,8 +134,8 @@ class Recipe:
         if self.head == "fp8" and not self.dense_recipe.quantize:
             value = f"dense={self.dense}" if self.dense else "quantize=false"
             raise RecipeError(f"recipe {self.name!r}: head=fp8 takes the other layers' quantisation, and {value} has none; use moss:head=fp8, or head=bf16")
-        if self.head == "fp8" and self.dense_recipe.weight_cache != "none":
-            raise RecipeError(f"recipe {self.name!r}: weight_cache={self.weight_cache} is not kept for the LM head; use weight_cache=none, or head=bf16")
+        if self.head == "fp8" and self.dense_recipe.weight_cache == "row":
+            raise RecipeError(f"recipe {self.name!r}: weight_cache=row is not kept for the LM head; use weight_cache=ffn or none, or head=bf16")
 
     def _check_moe(self) -> None:
         if self.moe == "flow":
@@ -159,7 +161,7 @@ class Recipe:
     def head_recipe(self) -> Recipe | None:
         """What the LM head runs, None where it stays in bf16: the other layers' recipe with gradients in E5M2. Most of a softmax's gradient lies below E4M3's
         range under the scale of its largest entry, and the rows of rare tokens would miss it (docs/recipes.md)."""
-        return self.dense_recipe.with_overrides(head="bf16", grad="e5m2") if self.head == "fp8" else None
+        return self.dense_recipe.with_overrides(head="bf16", grad="e5m2", weight_cache="none") if self.head == "fp8" else None
 
     @property
     def activation_format(self) -> Format:

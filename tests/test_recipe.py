@@ -39,6 +39,7 @@ def test_dense_recipe_shares_the_clock() -> None:
     assert from_name("fp8_flow_moe").dense_recipe == RECIPES["moss"]
     assert from_name("fp8_flow_moe:interval=7").dense_recipe == from_name("moss:interval=7")
     assert from_name("fp8_flow_moe:dense=bf16").dense_recipe.quantize is False
+    assert from_name("fp8_flow_moe:weight_cache=ffn").dense_recipe == RECIPES["moss"], "it speaks of the experts"
     alone = from_name("fp8_flow_moe:dense=")
     assert alone.dense_recipe is alone
 
@@ -47,6 +48,7 @@ def test_head_runs_what_the_other_layers_run_with_e5m2_gradients() -> None:
     assert all(recipe.head_recipe is None for recipe in RECIPES.values())
     assert from_name("moss:head=fp8,interval=7").head_recipe == from_name("moss:interval=7,grad=e5m2")
     assert from_name("fp8_flow_moe:head=fp8,interval=7,weight_cache=row").head_recipe == from_name("moss:interval=7,grad=e5m2")
+    assert from_name("moss:head=fp8,weight_cache=ffn").head_recipe == from_name("moss:grad=e5m2"), "the head keeps nothing"
     assert from_name("fp8_flow_moe:head=fp8,dense=row").head_recipe == from_name("row:grad=e5m2")
     assert from_name("moss:attention=fp8,head=fp8").attention == "fp8"
     assert from_name("fp8_flow_moe:attention=fp8").dense_recipe == from_name("moss:attention=fp8")
@@ -83,7 +85,7 @@ def test_overrides_are_typed() -> None:
         ("row:wgrad_fold=column", r"wgrad_fold='column' is not one of column_block, tensor, none \(did you mean column_block\?\)"),
         ("moss_exact:global_scale=mesured", r"global_scale='mesured' is not one of unit, measured \(did you mean measured\?\)"),
         ("row:weight_scale=delayed", r"weight_scale='delayed' is not one of predicted, measured"),
-        ("row:weight_cache=all", r"weight_cache='all' is not one of none, row"),
+        ("row:weight_cache=all", r"weight_cache='all' is not one of none, ffn, row"),
         ("row:weight_granularity=block", r"weight_granularity=block changes along K; use fold=none with it"),
         ("moss:global_scale=measured", r"an FP32 global scale cannot be folded; use global_scale=unit, or fold=none"),
         ("row:fold=none,global_scale=measured", r"global_scale=measured belongs to micro granularity; set activation_granularity=micro"),
@@ -100,7 +102,7 @@ def test_overrides_are_typed() -> None:
         ("bf16:head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use moss:head=fp8, or head=bf16"),
         ("fp8_flow_moe:dense=bf16,head=fp8", r"head=fp8 takes the other layers' quantisation, and dense=bf16 has none"),
         ("fog:head=fp8", r"head=fp8 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
-        ("moss:head=fp8,weight_cache=row", r"weight_cache=row is not kept for the LM head; use weight_cache=none, or head=bf16"),
+        ("moss:head=fp8,weight_cache=row", r"weight_cache=row is not kept for the LM head; use weight_cache=ffn or none, or head=bf16"),
         ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
         ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),
         ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),

@@ -34,8 +34,6 @@ def static_reason(mlp: Any, recipe: Any) -> str | None:
 
     if not recipe.folded:
         return "the recipe keeps its fine scales (fold=none)"
-    if recipe.weight_cache != "none":
-        return f"weight_cache={recipe.weight_cache} lives in TransformerEngine's modules"
     config, fc1, fc2 = mlp.config, mlp.linear_fc1, mlp.linear_fc2
     gated = config.gated_linear_unit
     first = TELayerNormColumnParallelLinear if gated else TEColumnParallelLinear
@@ -58,6 +56,18 @@ def static_reason(mlp: Any, recipe: Any) -> str | None:
     return next((reason for ok, reason in checks if not ok), None)
 
 
+def weight_cache_note(mlp: Any, recipe: Any, fused: bool) -> str:
+    """What the recipe's ``weight_cache`` does to the weights of this MLP, for the start-up report; empty where it asks for nothing."""
+    asked = f"; weight_cache={recipe.weight_cache}"
+    if recipe.weight_cache == "none":
+        return ""
+    if mlp.config.disable_parameter_transpose_cache:  # its layers are told nothing of microbatches
+        return f"{asked} keeps nothing (disable_parameter_transpose_cache)"
+    if recipe.weight_cache == "ffn" and not fused:
+        return f"{asked} keeps nothing there, use weight_cache=row"
+    return f"{asked} keeps their FP8 weights from the first microbatch of a step to the last"
+
+
 def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Options | None:
     """`Options` if this call takes the fused way, else None."""
     recipe = active_recipe()
@@ -72,6 +82,7 @@ def fused_options(mlp: Any, per_token_scale: Any, kwargs: dict[str, Any]) -> Opt
         zero_centered_gamma=getattr(fc1, "zero_centered_gamma", False),
         fuse_wgrad=fc1.fuse_wgrad_accumulation,
         accumulate=not first,
+        first=first if mlp.training else None,
         observer=getattr(mlp, "fp8_observer", None),  # set by `metrics`
     )
 

@@ -47,18 +47,20 @@ def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
         return []
     from megatron.core.transformer.mlp import MLP
 
-    from .mlp import static_reason
+    from .mlp import static_reason, weight_cache_note
 
     recipe = arguments.resolve(str(args.fp8_recipe)).dense_recipe
     gated = bool(getattr(args, "swiglu", True))
-    reasons: dict[str | None, int] = {}
+    fused = f"in FP8 layers {'norm, fc1, SwiGLU' if gated else 'fc1, activation'} and fc2 as one function"
+    ways: dict[str, int] = {}
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, MLP):
                 reason = static_reason(module, recipe)
-                reasons[reason] = reasons.get(reason, 0) + 1
-    fused = f"in FP8 layers {'norm, fc1, SwiGLU' if gated else 'fc1, activation'} and fc2 as one function"
-    return [f"{count} MLPs: {fused if reason is None else f'module by module: {reason}'}" for reason, count in reasons.items()]
+                way = fused if reason is None else f"module by module: {reason}"
+                way += weight_cache_note(module, recipe, fused=reason is None)
+                ways[way] = ways.get(way, 0) + 1
+    return [f"{count} MLPs: {way}" for way, count in ways.items()]
 
 
 def _moe_layers(args: Any, chunks: list[torch.nn.Module]) -> list[str]:

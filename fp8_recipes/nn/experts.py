@@ -52,7 +52,7 @@ class _Kept:
     """A payload and what it was made under."""
 
     amax: torch.Tensor
-    step: tuple[int, int, float] | None
+    state: tuple[Any, ...]
     payload: GroupedTensor
 
 
@@ -61,25 +61,25 @@ class ExpertWeights:
     """One weight of every expert as an operand: the parameters and the scales under which they are cast whenever a product needs them.
 
     weights: L times [N, K]. amax: [L] fp32, increment: float; both fixed when the operand is made, so fprop and dgrad see one scale.
-    step: names the optimizer step in which the weights have these values; None where nobody counts the steps.
+    state: under ``weight_cache``, differs from what it was whenever the weights are known to have changed (an optimizer step, a change in place).
     """
 
     weights: tuple[torch.Tensor, ...]
     recipe: Recipe
     amax: torch.Tensor
     increment: float = 0.0
-    step: tuple[int, int, float] | None = None
+    state: tuple[Any, ...] = ()
 
     def row(self) -> GroupedTensor:
-        """[L, N, K] payload for fprop. Under ``weight_cache="row"`` it is kept, beside the parameters, from the first microbatch of a step to the last."""
+        """[L, N, K] payload for fprop. Under ``weight_cache`` it is kept, beside the parameters, from the first microbatch of a step to the last."""
         if self.recipe.weight_cache == "none":
             return self._cast()
         owner: Any = self.weights[0]
         kept: _Kept | None = getattr(owner, _PAYLOAD, None)
-        if kept is None or kept.amax is not self.amax or kept.step != self.step:
+        if kept is None or kept.amax is not self.amax or kept.state != self.state:
             kept = None
             setattr(owner, _PAYLOAD, None)  # the old payload is freed before the new one is made
-            kept = _Kept(self.amax, self.step, self._cast())
+            kept = _Kept(self.amax, self.state, self._cast())
             setattr(owner, _PAYLOAD, kept)
         return kept.payload
 
@@ -108,8 +108,12 @@ def expert_operand(weights: Sequence[torch.Tensor], recipe: Recipe) -> ExpertWei
     if not predicted:
         return ExpertWeights(tuple(weights), recipe, _measure(weights))
     amax, increment = _predicted(weights, states)
+    if recipe.weight_cache == "none":
+        return ExpertWeights(tuple(weights), recipe, amax, increment)
     clock = states[0].clock
-    return ExpertWeights(tuple(weights), recipe, amax, increment, (clock.generation, clock.steps, increment))
+    clock.close_step()  # any optimizer that steps from here on may change what a payload is made of, so it has to count
+    state = (clock.generation, clock.steps, increment, weights[0].data_ptr(), *map(_version_of, weights))
+    return ExpertWeights(tuple(weights), recipe, amax, increment, state)
 
 
 def _measure(weights: Sequence[torch.Tensor]) -> torch.Tensor:

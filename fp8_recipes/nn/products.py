@@ -11,6 +11,7 @@ arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ from ..weight_scaling import ATTRIBUTE, PredictedScale, measure_amax
 
 ALIGNMENT = 16
 """FP8 operands of Hopper's matrix units start every row on 16 bytes: all of T, K and N must be multiples of this on a GPU."""
+_KEPT = "fp8_kept_operand"
+"""A parameter whose payload is kept over the microbatches of a step carries its `_Kept` under this name."""
 
 
 def check_alignment(device: torch.device, **dims: int) -> None:
@@ -57,7 +60,7 @@ class Weight:
     """A weight as an operand: the bf16 parameter and the scale under which it is cast whenever a product needs it.
 
     weight: [N, K]. amax: 0-dim fp32, increment: float; both fixed when the operand is made, so fprop and dgrad see one scale.
-    cached: row-major payload, kept only under ``weight_cache="row"``.
+    cached: row-major payload, held by operands that serve several microbatches (keep); dgrad's payload is then its transpose, not another cast.
     """
 
     weight: torch.Tensor
@@ -65,36 +68,80 @@ class Weight:
     amax: torch.Tensor | None
     increment: float = 0.0
     cached: ScaledTensor | None = None
+    keep: bool = False
 
     def row(self) -> ScaledTensor:
         """[N, K] payload for fprop."""
         if self.cached is not None:
             return self.cached
         if self.recipe.weight_granularity == "block":
-            return ops.quantize(self.weight, "block", self.recipe.weight_format)
-        q = ops.quantize_weight(self.weight, self.amax, self.increment, self.recipe.weight_format)
-        if self.recipe.weight_cache == "row":
+            q = ops.quantize(self.weight, "block", self.recipe.weight_format)
+        else:
+            q = ops.quantize_weight(self.weight, self.amax, self.increment, self.recipe.weight_format)
+        if self.keep:
             self.cached = q
         return q
 
     def transposed(self) -> ScaledTensor:
-        """[K, N] payload for dgrad, of the same values as `row`."""
+        """[K, N] payload for dgrad, of the same values as `row`. Never held: one byte per parameter while dgrad runs."""
         if self.recipe.weight_granularity == "block":
             q = self.row()
             return ScaledTensor(q.payload.t().contiguous(), q.scale.t().contiguous(), "block")
+        if self.cached is not None:
+            q = ops.fold_transpose(self.cached)  # 1 byte read and 1 written, where a cast reads 2
+            return ScaledTensor(q.payload, q.scale[0], "tensor", row_scale=q.scale)
         return ops.quantize_weight(self.weight, self.amax, self.increment, self.recipe.weight_format, transpose=True)
 
 
-def weight_operand(weight: torch.Tensor, recipe: Recipe, predicted: PredictedScale | None = None) -> Weight:
-    """Fix the scale of ``weight`` [N, K] for one forward and backward: predicted if the parameter is under automatic scaling, else measured now."""
+def weight_operand(weight: torch.Tensor, recipe: Recipe, predicted: PredictedScale | None = None, *, keep: bool = False) -> Weight:
+    """Fix the scale of ``weight`` [N, K] for one forward and backward: predicted if the parameter is under automatic scaling, else measured now.
+
+    keep: the operand holds on to its row payload; for callers that use it until the weight changes (`kept_operand`, TransformerEngine's cached weights).
+    """
     data = weight.detach()
     if recipe.weight_granularity == "block":
-        return Weight(data, recipe, None)
+        return Weight(data, recipe, None, keep=keep)
     predicted = predicted or getattr(weight, ATTRIBUTE, None)
     if recipe.weight_scale == "predicted" and predicted is not None:
         amax, increment = predicted.amax_and_increment(data)
-        return Weight(data, recipe, amax, increment)
-    return Weight(data, recipe, measure_amax(data))
+        return Weight(data, recipe, amax, increment, keep=keep)
+    return Weight(data, recipe, measure_amax(data), keep=keep)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An operand and the state of its parameter when it was made."""
+
+    operand: Weight
+    state: tuple[Any, ...]
+
+
+def kept_operand(weight: torch.Tensor, recipe: Recipe, *, first: bool) -> Weight:
+    """`weight_operand`, and with it the row payload, kept beside the parameter over the microbatches of a step.
+
+    first: is this the first microbatch of a step? The weight is then cast anew. Later ones take what was kept, unless the parameter has changed since by
+    anything that can be seen: an optimizer step or a new anchor of its predicted scale, a change in place, other memory. A change that shows nowhere (of a
+    weight with a measured scale, through ``.data``, as Megatron's optimizer writes) has to be followed by a call with ``first=True``.
+    """
+    owner: Any = weight
+    kept: _Kept | None = getattr(owner, _KEPT, None)
+    state = _state(weight)
+    if kept is None or first or kept.state != state or kept.operand.recipe is not recipe:
+        kept = None
+        setattr(owner, _KEPT, None)  # the old payload is freed before the new one is made
+        kept = _Kept(weight_operand(weight, recipe, keep=True), state)
+        setattr(owner, _KEPT, kept)
+        predicted: PredictedScale | None = getattr(weight, ATTRIBUTE, None)
+        if predicted is not None:
+            predicted.clock.close_step()  # any optimizer that steps from here on may change this weight, so it has to count
+    return kept.operand
+
+
+def _state(weight: torch.Tensor) -> tuple[Any, ...]:
+    """Differs from what it was whenever the parameter is known to have changed."""
+    memory = (weight.data_ptr(), weight._version)
+    predicted: PredictedScale | None = getattr(weight, ATTRIBUTE, None)
+    return memory if predicted is None else (*memory, predicted.clock.generation, predicted.clock.steps, predicted.clock.travel)
 
 
 def fprop(x: ScaledTensor, weight: Weight, *, bias: torch.Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -5,7 +5,7 @@
 
 Against the same layers as separate TransformerEngine modules this saves, per layer, writing and reading the norm's output, the SwiGLU's output and the
 SwiGLU's input gradient in bf16. Saved for backward: x bf16 (the norm needs it), rstd, the payload of the norm's output (1 byte), h bf16 (4F bytes a token),
-the payload of the SwiGLU's output (F bytes).
+the payload of the SwiGLU's output (F bytes); of the weights nothing but what ``weight_cache`` keeps beside them anyway.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from ..tensor import ScaledTensor
 @dataclass(frozen=True)
 class Options:
     """eps, zero_centered_gamma: of the norm. fuse_wgrad: accumulate into ``weight.main_grad`` in the product's epilogue. accumulate: add (True) or overwrite
-    (first microbatch). observer: ``observer(linear, role, x, q)`` sees what is quantised, linear "linear_fc1" or "linear_fc2", role "input" or "grad"; x is
-    None where a fused kernel made q."""
+    (first microbatch). first: of weights that the recipe's ``weight_cache`` keeps: cast them anew (True, at a step's first microbatch), take the payloads kept
+    since (False), or neither read nor leave any (None, outside a step, as in evaluation). observer: ``observer(linear, role, x, q)`` sees what is quantised,
+    linear "linear_fc1" or "linear_fc2", role "input" or "grad"; x is None where a fused kernel made q."""
 
     recipe: Recipe
     eps: float
     zero_centered_gamma: bool = False
     fuse_wgrad: bool = False
     accumulate: bool = True
+    first: bool | None = None
     observer: Callable[[str, str, torch.Tensor | None, ScaledTensor], None] | None = None
 
 
@@ -47,6 +49,14 @@ def _unpack(saved: tuple[torch.Tensor, ...]) -> ScaledTensor:
     return ScaledTensor(payload, scale, "row", tile_exponent)
 
 
+def weight_operands(weights: tuple[torch.Tensor, ...], options: Options) -> list[products.Weight]:
+    """The FFN's weights, kept over the microbatches of a step where recipe and ``options.first`` say so."""
+    recipe, first = options.recipe, options.first
+    if recipe.weight_cache == "none" or first is None:
+        return [products.weight_operand(w, recipe) for w in weights]
+    return [products.kept_operand(w, recipe, first=first) for w in weights]
+
+
 class _NormSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gamma: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, options: Options) -> torch.Tensor:
@@ -57,7 +67,7 @@ class _NormSwiGLU(torch.autograd.Function):
         products.check_alignment(x.device, tokens=x2d.shape[0], hidden=x2d.shape[1], ffn=w2.shape[1])
         scale = gamma + 1 if options.zero_centered_gamma else gamma
         xq, rstd = ops.rmsnorm_quantize(x2d, scale, options.eps, granularity, fmt, fold=fold)
-        op1, op2 = products.weight_operand(w1, recipe), products.weight_operand(w2, recipe)
+        op1, op2 = weight_operands((w1, w2), options)
         h = products.fprop(xq, op1, out_dtype=x.dtype)  # [T, H] @ [H, 2F]
         aq = ops.swiglu_quantize(h, granularity, fmt, fold=fold)
         if options.observer is not None:
@@ -65,7 +75,8 @@ class _NormSwiGLU(torch.autograd.Function):
             options.observer("linear_fc2", "input", None, aq)
         y = products.fprop(aq, op2, out_dtype=x.dtype)  # [T, F] @ [F, H]
         ctx.save_for_backward(x2d, rstd, h, *_pack(xq), *_pack(aq), gamma, w1, w2, op1.amax, op2.amax)
-        ctx.options, ctx.shape, ctx.increments = options, x.shape, (op1.increment, op2.increment)
+        ctx.options, ctx.shape = options, x.shape
+        ctx.casts = ((op1.increment, op1.cached), (op2.increment, op2.cached))  # a kept payload is named here, not copied
         ctx.weights = (w1, w2)  # the parameters themselves: saved tensors do not carry main_grad
         return y.view(*x.shape[:-1], y.shape[1])
 
@@ -76,8 +87,7 @@ class _NormSwiGLU(torch.autograd.Function):
         x2d, rstd, h, *rest = ctx.saved_tensors
         xq, aq = _unpack(rest[0:3]), _unpack(rest[3:6])
         gamma, w1, w2, amax1, amax2 = rest[6:]
-        op1 = products.Weight(w1.detach(), recipe, amax1, ctx.increments[0])
-        op2 = products.Weight(w2.detach(), recipe, amax2, ctx.increments[1])
+        op1, op2 = (products.Weight(w.detach(), recipe, amax, *cast) for w, amax, cast in zip((w1, w2), (amax1, amax2), ctx.casts, strict=True))
         fold = None if recipe.grad_granularity == "row" else "row"
 
         dy2d = dy.reshape(-1, dy.shape[-1]).contiguous()

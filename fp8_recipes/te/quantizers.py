@@ -5,7 +5,8 @@ Two storages, because the two kinds of operand live differently:
 * `QuantizedActivation` (x, dy) holds one payload with row scales. TransformerEngine asks for a column-wise form before wgrad; that form is folded and
 transposed inside the
   product and never stored, so `update_usage` has nothing to do and one byte per value is all that backward keeps.
-* `QuantizedWeight` holds the bf16 parameter and the scale it is cast under. Payloads are made when a product asks.
+* `QuantizedWeight` holds the bf16 parameter and the scale it is cast under. Payloads are made when a product asks; where the module caches the storage over
+  microbatches, ``weight_cache=row`` keeps the row-major one in it.
 
 A storage cached over microbatches survives `prepare_for_saving`: the copy that is saved is emptied, never the original.
 """
@@ -164,7 +165,8 @@ class FP8Quantizer(Quantizer):
                     "call fp8_recipes.te.automatic_scaling(model, optimizer) once, or choose weight_scale=measured",
                     stacklevel=2,
                 )
-            operand = products.weight_operand(tensor, self.recipe)
+            cached = not self.internal  # TransformerEngine says so for the storage that its module will keep, and for no other
+            operand = products.weight_operand(tensor, self.recipe, keep=cached and self.recipe.weight_cache == "row")
             return QuantizedWeight(operand, self, tensor.shape, dtype or tensor.dtype)
         x = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
         cast = products.quantize_grad if self.tensor_type == "grad_output" else products.quantize_activation
@@ -183,7 +185,7 @@ class FP8Quantizer(Quantizer):
             )
         if not isinstance(dst, QuantizedWeight):
             raise TypeError(f"only weights are updated in place, got {type(dst).__name__}")
-        dst.operand = products.weight_operand(src, self.recipe)
+        dst.operand = products.weight_operand(src, self.recipe, keep=self.recipe.weight_cache == "row")
         return dst
 
     def swiglu(self, h: torch.Tensor) -> QuantizedActivation:

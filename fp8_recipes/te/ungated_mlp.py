@@ -15,7 +15,7 @@ import torch
 
 from .. import ops
 from ..nn import products
-from .mlp import Options, _pack, _unpack, _weight_gradient
+from .mlp import Options, _pack, _unpack, _weight_gradient, weight_operands
 
 
 class _Ungated(torch.autograd.Function):
@@ -26,7 +26,7 @@ class _Ungated(torch.autograd.Function):
         fold = None if recipe.activation_granularity == "row" else "row"
         x2d = x.reshape(-1, x.shape[-1]).contiguous()
         products.check_alignment(x.device, tokens=x2d.shape[0], hidden=x2d.shape[1], ffn=w2.shape[1])
-        op1, op2 = products.weight_operand(w1, recipe), products.weight_operand(w2, recipe)
+        op1, op2 = weight_operands((w1, w2), options)
         xq = products.quantize_activation(x2d, recipe)
         h = products.fprop(xq, op1, out_dtype=x.dtype)  # [T, H] @ [H, F]
         aq = ops.gelu_quantize(h, *choices, fold=fold) if alpha is None else ops.xielu_quantize(h, alpha, *choices, fold=fold)
@@ -35,7 +35,8 @@ class _Ungated(torch.autograd.Function):
             options.observer("linear_fc2", "input", None, aq)
         y = products.fprop(aq, op2, out_dtype=x.dtype)  # [T, F] @ [F, H]
         ctx.save_for_backward(h, alpha, *_pack(xq), *_pack(aq), w1, w2, op1.amax, op2.amax)
-        ctx.options, ctx.shape, ctx.increments = options, x.shape, (op1.increment, op2.increment)
+        ctx.options, ctx.shape = options, x.shape
+        ctx.casts = ((op1.increment, op1.cached), (op2.increment, op2.cached))  # a kept payload is named here, not copied
         ctx.weights = (w1, w2)  # the parameters themselves: saved tensors do not carry main_grad
         return y.view(*x.shape[:-1], y.shape[1])
 
@@ -46,8 +47,7 @@ class _Ungated(torch.autograd.Function):
         h, alpha, *rest = ctx.saved_tensors
         xq, aq = _unpack(rest[0:3]), _unpack(rest[3:6])
         w1, w2, amax1, amax2 = rest[6:]
-        op1 = products.Weight(w1.detach(), recipe, amax1, ctx.increments[0])
-        op2 = products.Weight(w2.detach(), recipe, amax2, ctx.increments[1])
+        op1, op2 = (products.Weight(w.detach(), recipe, amax, *cast) for w, amax, cast in zip((w1, w2), (amax1, amax2), ctx.casts, strict=True))
         choices = (recipe.grad_granularity, recipe.grad_format)
         fold = None if recipe.grad_granularity == "row" else "row"
 

@@ -15,14 +15,14 @@ mlp_module = pytest.importorskip("fp8_recipes.megatron.mlp", reason="Transformer
 
 def fake_mlp(first=True):
     fc1 = SimpleNamespace(disable_parameter_transpose_cache=False, is_first_microbatch=first, eps=1e-5, zero_centered_gamma=False, fuse_wgrad_accumulation=True)
-    return SimpleNamespace(linear_fc1=fc1)
+    return SimpleNamespace(linear_fc1=fc1, training=True)
 
 
 @pytest.fixture
 def active(monkeypatch):
     def set_recipe(name):
         monkeypatch.setattr(mlp_module, "active_recipe", lambda: None if name is None else from_name(name))
-        monkeypatch.setattr(mlp_module, "static_reason", lambda mlp, recipe: None if recipe.folded and recipe.weight_cache == "none" else "recipe")
+        monkeypatch.setattr(mlp_module, "static_reason", lambda mlp, recipe: None if recipe.folded else "recipe")
 
     return set_recipe
 
@@ -46,7 +46,6 @@ def test_first_microbatch_overwrites_and_later_ones_add(active):
     (
         (None, None, {}),
         ("moss_exact", None, {}),
-        ("moss:weight_cache=row", None, {}),
         ("moss", object(), {}),
         ("moss", None, {"padding_mask": object()}),
     ),
