@@ -74,6 +74,14 @@ def swiglu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> Any
     return _backend(dy).swiglu_backward_quantize(dy, *args, **kwargs)
 
 
+def softmax_parts(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backend(logits).softmax_parts(logits, labels)
+
+
+def cross_entropy_backward_quantize(logits: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+    return _backend(logits).cross_entropy_backward_quantize(logits, *args, **kwargs)
+
+
 def measure_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return _experts_backend(weights).measure_experts(weights)
 

@@ -4,6 +4,7 @@ Choose through `fp8_recipes.ops`, which takes these for CUDA tensors and the ref
 tensors, for tests.
 """
 
+from .cross_entropy import cross_entropy_backward_quantize, softmax_parts
 from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
@@ -28,6 +29,7 @@ __all__ = [
     "combine_sent",
     "copies_of_rows",
     "copies_of_sent",
+    "cross_entropy_backward_quantize",
     "fold",
     "fold_transpose",
     "gather_rows",
@@ -48,6 +50,7 @@ __all__ = [
     "route_map",
     "scaling_aware_transpose",
     "send_map",
+    "softmax_parts",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "swiglu_quantize_saving",

@@ -1,10 +1,11 @@
-"""The LM head in FP8: the products of Megatron's output layer under a recipe with ``head=fp8``.
+"""The LM head in FP8: the products of Megatron's output layer, and the loss between them, under a recipe with ``head=fp8``.
 
-    forward    x [S/TP, B, H] bf16 -[quantise]-> FP8 -[all-gather]-> fprop with this rank's rows of the vocabulary -> logits [S, B, V/TP] bf16
-    backward   dlogits bf16 -[quantise, E5M2]-> FP8 -dgrad-> bf16 -[reduce-scatter]-> dx;  wgrad from the saved FP8 x, gathered again, into main_grad
+    forward    x [S/TP, B, H] bf16 -[quantise]-> FP8 -[all-gather]-> fprop with this rank's rows of the vocabulary -> logits [S, B, V/TP] bf16 -> loss
+    backward   dloss -[softmax's gradient + quantise, E5M2]-> FP8 -dgrad-> bf16 -[reduce-scatter]-> dx
+               wgrad from the saved FP8 x, gathered again, into main_grad
 
-With sequence parallelism x travels as FP8, half of bf16's bytes; without it nothing is gathered and dx is summed over the ranks. Saved: this rank's x in FP8.
-The logits and dx are bf16, the loss is Megatron's own.
+With sequence parallelism x travels as FP8, half of bf16's bytes; without it nothing is gathered and dx is summed over the ranks. Saved: this rank's x in FP8,
+and the logits in bf16. The gradient of the logits exists in FP8 only (`head_loss`); where somebody else makes the loss, it is quantised from theirs.
 
 GPTModel's output layer is `tensor_parallel.ColumnParallelLinear`, Megatron's own module: no TransformerEngine recipe reaches it. `install` turns it into a
 subclass that replaces the product and its gradients; parameters and their names, checkpoints, padding of the vocabulary and the gathering of logits stay.
@@ -25,10 +26,11 @@ from torch.autograd.function import once_differentiable
 from ..nn import products
 from ..recipe import Recipe, RecipeError
 from ..tensor import ScaledTensor
-from . import arguments
+from . import arguments, head_loss
 
-Observer = Callable[[str, torch.Tensor, ScaledTensor], None]
-"""``observer(role, x, q)``: role "input" or "grad", the tensor and its quantised form; under sequence parallelism x is this rank's tokens."""
+Observer = Callable[[str, "torch.Tensor | None", ScaledTensor], None]
+"""``observer(role, x, q)``: role "input" or "grad", the tensor (None where it was made in FP8) and its quantised form; under sequence parallelism x is this
+rank's tokens."""
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -48,7 +50,11 @@ class OutputLayer(ColumnParallelLinear):
             fuse_wgrad=how["gradient_accumulation_fusion"],
             observer=self.fp8_observer if self.training else None,
         )
-        return _Logits.apply(input, weight, options)
+        edge = head_loss.Edge(self.recipe, options.group)
+        logits = _Logits.apply(input, weight, options, edge)
+        if head_loss.takes(self.recipe):
+            edge.mark(logits)
+        return logits
 
 
 def install(model: Any) -> None:
@@ -65,6 +71,7 @@ def install(model: Any) -> None:
         raise RecipeError(f"--fp8-recipe {spec}: {problem}, or head=bf16")
     layer.__class__ = OutputLayer
     layer.recipe, layer.fp8_observer = recipe, None
+    model.compute_language_model_loss = head_loss.fused(model.compute_language_model_loss)
 
 
 def _problem(layer: Any, recipe: Recipe) -> str | None:
@@ -124,7 +131,7 @@ class Options:
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, options: Options) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, options: Options, edge: head_loss.Edge) -> torch.Tensor:
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()  # [tokens of this rank, H]
         ranks = options.group.size() if options.sequence_parallel else 1
         products.check_alignment(x.device, tokens=rows.shape[0] * ranks, hidden=rows.shape[1], vocabulary=weight.shape[0])
@@ -134,6 +141,7 @@ class _Logits(torch.autograd.Function):
             options.observer("input", rows, q)
         whole = _gather(q, options.group)() if options.sequence_parallel else q
         logits = products.fprop(whole, operand, out_dtype=x.dtype)  # [all tokens, V/TP]
+        ctx.edge = edge
         ctx.options, ctx.operand, ctx.shape, ctx.dtype, ctx.granularity = options, operand, x.shape, x.dtype, q.granularity
         ctx.parameter = weight  # main_grad is an attribute of this very object
         kept = (q.payload, q.scale, q.tile_exponent, q.global_scale) if ctx.needs_input_grad[1] else ()
@@ -144,13 +152,15 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, dlogits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         options: Options = ctx.options
         recipe, weight = options.recipe, ctx.parameter
         need_x, need_weight = ctx.needs_input_grad[:2]
         _, *kept = ctx.saved_tensors
-        rows = dlogits.reshape(-1, dlogits.shape[-1]).contiguous()  # [all tokens, V/TP]
-        dq = products.quantize_grad(rows, recipe)
+        dq, rows = ctx.edge.take(dlogits), None  # [all tokens, V/TP]
+        if dq is None:
+            rows = dlogits.reshape(-1, dlogits.shape[-1]).contiguous()
+            dq = products.quantize_grad(rows, recipe)
         if options.observer is not None:
             options.observer("grad", rows, dq)
         x = _input(kept, ctx.granularity, options) if need_weight else None  # on its way while dgrad runs
@@ -165,7 +175,7 @@ class _Logits(torch.autograd.Function):
             dw = products.wgrad(last.pop(), x(), recipe, **into)
             if options.fuse_wgrad:
                 dw = _stand_in(weight)
-        return None if summed is None else summed().view(ctx.shape), dw, None
+        return None if summed is None else summed().view(ctx.shape), dw, None, None
 
 
 def _input(kept: list[Any], granularity: str, options: Options) -> Callable[[], ScaledTensor]:

@@ -1,6 +1,7 @@
 """Every operation in plain torch, fp32. The specification: kernels are tested against it, bit for bit where they move or round, in dB where they sum."""
 
 from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
+from .cross_entropy import cross_entropy_backward_quantize, softmax_parts
 from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
@@ -27,6 +28,7 @@ __all__ = [
     "combine_sent",
     "copies_of_rows",
     "copies_of_sent",
+    "cross_entropy_backward_quantize",
     "dequantize",
     "fold",
     "fold_transpose",
@@ -50,6 +52,7 @@ __all__ = [
     "rows_for",
     "scaling_aware_transpose",
     "send_map",
+    "softmax_parts",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "swiglu_quantize_saving",

@@ -69,6 +69,11 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found += experts_cases()
     found.append(("tanh", "_tanh_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 4))
     found.append(("tanh", "_tanh_backward_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 8))
+    found.append(("cross_entropy", "_softmax_parts_kernel", {"BLOCK": 4096, "num_warps": 4}, {"labels_ptr": "*i64", "parts_ptr": "*fp32"}, 4))
+    vectors = {"labels_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "target_ptr", "dloss_ptr"), "*fp32")
+    for local, e5m2 in (("micro", True), ("row", False), ("tile", True)):
+        form = {"TILES": 32, "E5M2": e5m2, **LOCAL[local], "num_warps": 4}
+        found.append(("cross_entropy", "_cross_entropy_backward_quantize_kernel", form, vectors, 4))
     found += permute_cases()
     found += routing_cases()
     found += dispatch_cases()
@@ -135,7 +140,7 @@ def permute_cases() -> list[tuple[str, str, dict, dict, int]]:
     integers = ("expert", "begin", "demand", "source", "destination", "offset", "block_expert", "count")
     index = {f"{name}_ptr": "*i32" for name in integers}
     found.append(("permute", "_count_kernel", {"COPIES": 128}, index, 0))
-    found.append(("permute", "_scan_kernel", {"EXPERTS": 16}, index, 0))
+    found.append(("permute", "_scan_kernel", {"BLOCKS": 128, "EXPERTS": 16}, index, 0))
     found.append(("permute", "_place_kernel", {"COPIES": 128, "EXPERTS": 256, "num_warps": 8}, index, 0))
     return found
 
