@@ -3,11 +3,12 @@
 #
 #   scripts/bench_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=dense_8l_7b STEPS=10 GPUS=1 scripts/bench_megatron.sh out bf16 tensorwise delayed blockwise moss
-#   MODEL=moe_6l_v2lite ROUNDS=2 EXTRA=--moe-router-force-load-balancing scripts/bench_megatron.sh out bf16@32 blockwise tensorwise fp8_flow_moe
+#   MODEL=moe_6l_v2lite ROUNDS=2 scripts/bench_megatron.sh out "bf16@32 --moe-router-fusion" blockwise "fp8_flow_moe --moe-router-fusion"
 #
 # MODEL+RECIPE takes that model instead of $MODEL, so that architectures of one geometry meet in one job: llama3_8l_8b+bf16 fog_8l_8b+fog.
 # RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time.
-# Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table. EXTRA: more Megatron flags for every run.
+# "RECIPE FLAGS", one argument, gives that run Megatron flags of its own; the table names the run by both. EXTRA: Megatron flags of every run.
+# Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,23 +19,25 @@ mkdir -p "$out"
 read -r -a extra <<<"${EXTRA:-}"
 runs=() logs=()
 for ((round = 1; round <= ${ROUNDS:-1}; round++)); do
-  for recipe in "$@"; do
-    runs+=("$recipe" "$round")
+  for asked in "$@"; do
+    runs+=("$asked" "$round")
   done
 done
 set -- "${runs[@]}"
 while [[ $# -gt 0 ]]; do
-  recipe=$1 round=$2
+  name=$1 round=$2
   shift 2
-  name=$recipe
-  [[ $round -gt 1 ]] && name="$recipe.$round"
-  log="$out/${name//[:,=\/]/_}.log"
+  read -r -a words <<<"$name"
+  recipe=${words[0]} flags=("${words[@]:1}")
+  [[ $round -gt 1 ]] && name="$name.$round"
+  log="$out/${name//[:,=\/ ]/_}.log"
   connections=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   [[ $recipe == *@* ]] && connections=${recipe##*@}
   echo "== $name -> $log"
   status=0 spec=${recipe%@*} model=${MODEL:-dense_8l_7b}
   [[ $spec == *+* ]] && model=${spec%%+*} spec=${spec#*+}
-  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "$model" --recipe "$spec" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" -- "${extra[@]}" >"$log" 2>&1 || status=$?
+  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "$model" --recipe "$spec" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" \
+    -- "${extra[@]}" "${flags[@]}" >"$log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$log" >&2
     echo "bench_megatron.sh: $name ended with status $status; its log is $log" >&2

@@ -156,6 +156,24 @@ def test_benchmark_interleaves_rounds_and_sets_connections_per_recipe(tmp_path):
     assert "--moe-router-force-load-balancing" in log and "--moe-router-padding-for-quantization" in log and "@" not in log.splitlines()[-1]
 
 
+def test_benchmark_gives_a_run_flags_of_its_own(tmp_path):
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_BENCH.replace("REAL", sys.executable))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    runs = ["moe_tiny+bf16@32 --moe-router-fusion --seed 5", "moe_tiny+blockwise", "moe_tiny+fp8_flow_moe:grad=e5m2 --moe-router-fusion"]
+    result = run(SCRIPTS / "bench_megatron.sh", out, *runs, PYTHON=str(fake), EXTRA="--seed 4", ROUNDS="2")
+    assert result.returncode == 0, result.stderr
+    with open(out / "speed.csv") as stream:
+        assert [row["recipe"] for row in csv.DictReader(stream)] == [*runs, *(f"{name}.2" for name in runs)]
+    logs = {path.name: path.read_text().splitlines()[-1] for path in out.glob("*.log")}
+    own = {name: line.partition("--seed 4")[2].split() for name, line in logs.items()}
+    assert own["moe_tiny+bf16@32_--moe-router-fusion_--seed_5.log"] == ["--moe-router-fusion", "--seed", "5"], "after those of every run, so they win"
+    assert own["moe_tiny+blockwise.2.log"] == []
+    assert own["moe_tiny+fp8_flow_moe_grad_e5m2_--moe-router-fusion.2.log"] == ["--moe-router-fusion"]
+    assert "--fp8-recipe fp8_flow_moe:grad=e5m2 " in logs["moe_tiny+fp8_flow_moe_grad_e5m2_--moe-router-fusion.log"]
+
+
 FAKE_PYTHON = """#!/bin/sh
 # Stands in for torchrun: writes the log that --fp8-log names, to the step of --exit-interval, after step 1 with --load; the rest goes to the real interpreter.
 log="" steps="1 2 3"
