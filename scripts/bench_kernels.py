@@ -103,6 +103,7 @@ def check_cases() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
             yield f"quantize_weight {rows}x{cols} transpose={transpose}", got, reference.quantize_weight(x, amax, 0.125, transpose=transpose), 0
     yield from check_plans()
     yield from check_fused()
+    yield from check_loss()
 
 
 def check_plans() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
@@ -131,6 +132,18 @@ def check_fused() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
         yield f"swiglu_quantize {case}", kernels.swiglu_quantize(h, granularity, fold=fold), reference.swiglu_quantize(h, granularity, fold=fold), 1e-3
         got = kernels.swiglu_backward_quantize(x, h, granularity, fold=fold)
         yield f"swiglu_backward_quantize {case}", got, reference.swiglu_backward_quantize(x, h, granularity, fold=fold), 1e-3
+
+
+def check_loss() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
+    for rows, cols in ((512, 32000), (64, 128256), (100, 1040)):
+        logits, labels, dloss = loss_data(rows, cols, 0)
+        m, s, target = kernels.softmax_parts(logits, labels)
+        lse = m + s.log()
+        if not torch.allclose(lse, torch.logsumexp(logits.float(), dim=1), rtol=1e-6, atol=4e-6):
+            raise SystemExit(f"softmax_parts {rows}x{cols}: log of the sum differs")
+        given = (logits, labels, lse, target, dloss, "micro", E5M2)
+        got = kernels.cross_entropy_backward_quantize(*given, fold="row")
+        yield f"cross_entropy_backward_quantize {rows}x{cols}", got, reference.cross_entropy_backward_quantize(*given, fold="row"), 1e-2
 
 
 def check() -> bool:
@@ -253,6 +266,28 @@ def bench_fused(table: Table, rounds: int) -> None:
             record(table, (rows, cols), measure({"copy": copy_calls(moved), name: calls}, rounds), {"copy": moved, name: moved})
 
 
+def bench_loss(table: Table, rounds: int) -> None:
+    """Both halves of an FP8 head's loss; the tokens of two sequences, vocabularies of Llama 2 and 3."""
+    for rows, cols in ((8192, 32000), (8192, 128256)):
+        size = rows * cols
+        batches = [loss_data(rows, cols, i) for i in range(rotations(2 * size))]
+        parts = [partial(kernels.softmax_parts, logits, labels) for logits, labels, _ in batches]
+        gradients = []
+        for logits, labels, dloss in batches:
+            m, s, target = kernels.softmax_parts(logits, labels)
+            lse = m + s.log()
+            gradients.append(partial(kernels.cross_entropy_backward_quantize, logits, labels, lse, target, dloss, "micro", E5M2, fold="row"))
+        for name, moved, calls in (("softmax_parts", 2 * size, parts), ("cross_entropy_backward_quantize micro+fold", 3 * size, gradients)):
+            record(table, (rows, cols), measure({"copy": copy_calls(moved), name: calls}, rounds), {"copy": moved, name: moved})
+
+
+def loss_data(rows: int, cols: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, labels, gradient of each token's loss)."""
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    labels = torch.randint(0, cols, (rows,), generator=gen, device="cuda")
+    return data(rows, cols, seed), labels, torch.rand(rows, generator=gen, device="cuda")
+
+
 def with_per_thread(per_thread: int, call: Callable[..., object], *args: Any, **options: Any) -> object:
     with attribute(ROWS, "ELEMENTS_PER_THREAD", per_thread):
         return call(*args, **options)
@@ -355,7 +390,7 @@ def main() -> None:
     if args.sweep:
         sweep(tables.setdefault("kernels_sweep", []), args.rounds)
     if args.bench or everything:
-        for bench in (bench_activations, bench_weights, bench_fused, bench_host):
+        for bench in (bench_activations, bench_weights, bench_fused, bench_loss, bench_host):
             bench(tables.setdefault("kernels_bench", []), args.rounds)
     for name, table in tables.items():
         if args.csv:
