@@ -59,8 +59,8 @@ class Recipe:
     promote: longest sum along K, in elements, that wgrad (and the LM head's dgrad) may make in Hopper's 14-bit FP8 accumulator before it is promoted to FP32;
         0 = no limit. Longer sums run on the library's split accumulator, which promotes far more often.
     weight_cache: "none" casts a bf16 weight whenever it is used. "row" keeps its row-major payload, one byte per parameter, from the first microbatch of a step
-        to the last, "ffn" that of the FFNs only (in Megatron, where they run as one function). Experts are FFNs: either value keeps theirs. It speaks of the
-        layers that run this recipe, so with `dense` of the experts alone; the LM head's weight is never kept.
+        to the last, "ffn" that of Megatron's FFNs only. Experts are FFNs: either value keeps theirs. It speaks of the layers that run this recipe, so with
+        `dense` of the experts alone; the LM head's weight is never kept.
     quantize: False leaves every product in bf16.
     moe: "flow" runs a mixture-of-experts layer as one FP8 dataflow from dispatch to combine (`nn.moe`); "none" leaves it to whoever owns the layer.
         With fold="none" or wgrad_fold="none" its payloads (row scales) are multiplied exactly, expert by expert at bf16 speed: the check.

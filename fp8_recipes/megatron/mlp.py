@@ -13,6 +13,7 @@ import torch
 
 from ..te.factory import FP8Recipe
 from ..te.mlp import Options, norm_swiglu_mlp
+from ..te.quantizers import FFN_WEIGHT
 from ..te.ungated_mlp import ungated_mlp
 
 
@@ -56,15 +57,23 @@ def static_reason(mlp: Any, recipe: Any) -> str | None:
     return next((reason for ok, reason in checks if not ok), None)
 
 
-def weight_cache_note(mlp: Any, recipe: Any, fused: bool) -> str:
+def mark_weights(chunks: list[torch.nn.Module]) -> None:
+    """Mark the weights of every MLP, for ``weight_cache=ffn``: where it runs module by module, its linears are to their quantizers like any other."""
+    from megatron.core.transformer.mlp import MLP
+
+    for mlp in (module for chunk in chunks for module in chunk.modules() if isinstance(module, MLP)):
+        for linear in (mlp.linear_fc1, mlp.linear_fc2):
+            if isinstance(getattr(linear, "weight", None), torch.nn.Parameter):
+                setattr(linear.weight, FFN_WEIGHT, True)
+
+
+def weight_cache_note(mlp: Any, recipe: Any) -> str:
     """What the recipe's ``weight_cache`` does to the weights of this MLP, for the start-up report; empty where it asks for nothing."""
     asked = f"; weight_cache={recipe.weight_cache}"
     if recipe.weight_cache == "none":
         return ""
     if mlp.config.disable_parameter_transpose_cache:  # its layers are told nothing of microbatches
         return f"{asked} keeps nothing (disable_parameter_transpose_cache)"
-    if recipe.weight_cache == "ffn" and not fused:
-        return f"{asked} keeps nothing there, use weight_cache=row"
     return f"{asked} keeps their FP8 weights from the first microbatch of a step to the last"
 
 

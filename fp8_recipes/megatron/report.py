@@ -58,7 +58,7 @@ def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:
             if isinstance(module, MLP):
                 reason = static_reason(module, recipe)
                 way = fused if reason is None else f"module by module: {reason}"
-                way += weight_cache_note(module, recipe, fused=reason is None)
+                way += weight_cache_note(module, recipe)
                 ways[way] = ways.get(way, 0) + 1
     return [f"{count} MLPs: {way}" for way, count in ways.items()]
 

@@ -77,12 +77,13 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
 
 
 def _start_scaling(args: Any, chunks: list[Any], optimizer: Any, specs: list[str]) -> WeightScaling | None:
-    from . import head
+    from . import head, mlp
     from .shims import refuse_wrong_device
 
     if torch.cuda.is_available():
         refuse_wrong_device()
     head.check(args, chunks)
+    mlp.mark_weights(chunks)
     if is_rank_0():
         print(report.precision_table(args, chunks), flush=True)
     recipes = [arguments.resolve(spec) for spec in specs]

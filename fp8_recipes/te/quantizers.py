@@ -6,7 +6,7 @@ Two storages, because the two kinds of operand live differently:
 transposed inside the
   product and never stored, so `update_usage` has nothing to do and one byte per value is all that backward keeps.
 * `QuantizedWeight` holds the bf16 parameter and the scale it is cast under. Payloads are made when a product asks; where the module caches the storage over
-  microbatches, ``weight_cache=row`` keeps the row-major one in it.
+  microbatches, the recipe's ``weight_cache`` keeps the row-major one in it.
 
 A storage cached over microbatches survives `prepare_for_saving`: the copy that is saved is emptied, never the original.
 """
@@ -27,6 +27,9 @@ from ..nn import products
 from ..recipe import Recipe
 from ..tensor import ScaledTensor
 from ..weight_scaling import ATTRIBUTE
+
+FFN_WEIGHT = "fp8_ffn_weight"
+"""Set on the weights of FFNs by whoever knows them (`megatron.mlp`): ``weight_cache=ffn`` keeps theirs where they run as separate modules."""
 
 
 class _Storage(QuantizedTensorStorage):
@@ -166,7 +169,7 @@ class FP8Quantizer(Quantizer):
                     stacklevel=2,
                 )
             cached = not self.internal  # TransformerEngine says so for the storage that its module will keep, and for no other
-            operand = products.weight_operand(tensor, self.recipe, keep=cached and self.recipe.weight_cache == "row")
+            operand = products.weight_operand(tensor, self.recipe, keep=cached and self._keeps(tensor))
             return QuantizedWeight(operand, self, tensor.shape, dtype or tensor.dtype)
         x = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
         cast = products.quantize_grad if self.tensor_type == "grad_output" else products.quantize_activation
@@ -185,8 +188,12 @@ class FP8Quantizer(Quantizer):
             )
         if not isinstance(dst, QuantizedWeight):
             raise TypeError(f"only weights are updated in place, got {type(dst).__name__}")
-        dst.operand = products.weight_operand(src, self.recipe, keep=self.recipe.weight_cache == "row")
+        dst.operand = products.weight_operand(src, self.recipe, keep=self._keeps(src))
         return dst
+
+    def _keeps(self, weight: torch.Tensor) -> bool:
+        """Does ``weight_cache`` keep the payload of this weight?"""
+        return self.recipe.weight_cache == "row" or (self.recipe.weight_cache == "ffn" and hasattr(weight, FFN_WEIGHT))
 
     def swiglu(self, h: torch.Tensor) -> QuantizedActivation:
         """silu(gate) * up of ``h`` [..., 2F], quantised in the same kernel."""

@@ -13,9 +13,11 @@ pytest.importorskip("transformer_engine", reason="TransformerEngine is not insta
 mlp_module = pytest.importorskip("fp8_recipes.megatron.mlp", reason="TransformerEngine does not import here", exc_type=ImportError)
 
 
-def fake_mlp(first=True):
-    fc1 = SimpleNamespace(disable_parameter_transpose_cache=False, is_first_microbatch=first, eps=1e-5, zero_centered_gamma=False, fuse_wgrad_accumulation=True)
-    return SimpleNamespace(linear_fc1=fc1, training=True)
+def fake_mlp(first=True, training=True, told=True):
+    fc1 = SimpleNamespace(
+        disable_parameter_transpose_cache=not told, is_first_microbatch=first, eps=1e-5, zero_centered_gamma=False, fuse_wgrad_accumulation=True
+    )
+    return SimpleNamespace(linear_fc1=fc1, training=training, config=SimpleNamespace(disable_parameter_transpose_cache=not told))
 
 
 @pytest.fixture
@@ -39,6 +41,29 @@ def test_first_microbatch_overwrites_and_later_ones_add(active):
     active("moss")
     assert not mlp_module.fused_options(fake_mlp(first=True), None, {}).accumulate
     assert mlp_module.fused_options(fake_mlp(first=False), None, {}).accumulate
+
+
+@pytest.mark.parametrize("spec", ("moss", "moss:weight_cache=ffn", "moss:weight_cache=row"))
+def test_weights_are_kept_within_a_step_only(active, spec):
+    """Evaluation, and modules that Megatron tells nothing of microbatches, neither read nor leave a payload."""
+    active(spec)
+    for first in (True, False):
+        assert mlp_module.fused_options(fake_mlp(first), None, {}).first is first
+        assert mlp_module.fused_options(fake_mlp(first, training=False), None, {}).first is None
+        assert mlp_module.fused_options(fake_mlp(first, told=False), None, {}).first is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "told", "words"),
+    (
+        ("moss", True, ""),
+        ("moss:weight_cache=ffn", True, "; weight_cache=ffn keeps their FP8 weights from the first microbatch of a step to the last"),
+        ("moss:weight_cache=row", True, "; weight_cache=row keeps their FP8 weights from the first microbatch of a step to the last"),
+        ("moss:weight_cache=ffn", False, "; weight_cache=ffn keeps nothing (disable_parameter_transpose_cache)"),
+    ),
+)
+def test_report_says_what_is_kept(spec, told, words):
+    assert mlp_module.weight_cache_note(fake_mlp(told=told), from_name(spec)) == words
 
 
 @pytest.mark.parametrize(

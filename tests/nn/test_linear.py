@@ -303,8 +303,9 @@ def test_bad_input_is_named() -> None:
         fp8_linear(torch.ones(4, 64, dtype=torch.float64), w, recipe=recipe)
     with pytest.raises(ValueError, match="x is on meta and the weight on cpu"):
         fp8_linear(torch.ones(4, 64, device="meta"), w, recipe=recipe)
-    with pytest.raises(RecipeError, match="weight_cache=row.*weight_cache=none"):
-        fp8_linear(torch.ones(4, 64), w, recipe=from_name("moss:weight_cache=row"))
+    for value in ("ffn", "row"):
+        with pytest.raises(RecipeError, match=f"weight_cache={value}.*weight_cache=none"):
+            fp8_linear(torch.ones(4, 64), w, recipe=from_name(f"moss:weight_cache={value}"))
     with pytest.raises(ValueError, match="no torch.nn.Linear"):
         convert(torch.nn.ReLU(), "moss")
     with pytest.raises(RecipeError, match="did you mean moss"):
