@@ -19,7 +19,7 @@ from ..tensor import ScaledTensor
 from . import common
 from .common import cdiv, check_device, next_power_of_2
 from .launch import launch
-from .permute import SCAN_EXPERTS, WORDS_PER_THREAD, _scan_kernel, sum_rows
+from .permute import WORDS_PER_THREAD, scan, sum_rows
 
 TOKENS = 64
 """Tokens that one program of the counting kernels ranks against each other, with few ranks."""
@@ -172,7 +172,7 @@ def send_map(expert_index: torch.Tensor, num_experts: int, ranks: int, tag: int 
     numbers = (tokens, num_experts, num_experts // ranks, ranks)
     constants = {"K": copies, "TOKENS": size, "RANKS": lanes, "num_warps": 4}
     launch(_count_tokens_kernel, (blocks,), expert_index, begin, *numbers, **constants)
-    launch(_scan_kernel, (cdiv(columns, SCAN_EXPERTS),), begin, demand, blocks, columns, EXPERTS=SCAN_EXPERTS, num_warps=4)
+    scan(begin, demand)
     outputs = (destination, row_of_copy, header)
     constants = {"K": copies, "C": destination.shape[1], "TOKENS": size, "RANKS": lanes, "num_warps": 4}
     launch(_place_tokens_kernel, (blocks,), expert_index, begin, demand, *outputs, *numbers, tag, **constants)

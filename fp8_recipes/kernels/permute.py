@@ -23,8 +23,11 @@ from .launch import launch
 COPIES = 128
 """Copies that one program of the routing kernels ranks against each other."""
 COUNT_EXPERTS = tl.constexpr(32)
-SCAN_BLOCKS = tl.constexpr(128)
+SCAN_BLOCKS = 128
 SCAN_EXPERTS = 16
+PLACE_WARPS = 4
+RANKED = tl.constexpr(32)
+"""Copies with which all of a block's are compared at a time. All 128 at once: 167 registers a thread instead of 56 (ptxas), a third of the programs."""
 PAD_ROWS = tl.constexpr(16)
 """Rows of one padding program; divides 128."""
 WORDS_PER_THREAD = 8
@@ -44,12 +47,12 @@ def _count_kernel(expert_ptr, begin_ptr, copies, experts, COPIES: tl.constexpr):
 
 
 @triton.jit
-def _scan_kernel(begin_ptr, demand_ptr, blocks, experts, EXPERTS: tl.constexpr):
+def _scan_kernel(begin_ptr, demand_ptr, blocks, experts, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
     """begin[block, expert] becomes the number in the blocks before; demand[expert] the number in all."""
     column = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     carried = tl.zeros((EXPERTS,), tl.int32)
-    for first in range(0, blocks, SCAN_BLOCKS):
-        block = first + tl.arange(0, SCAN_BLOCKS)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
         pointer = begin_ptr + block.to(tl.int64)[:, None] * experts + column[None, :]
         mask = (block < blocks)[:, None] & (column < experts)[None, :]
         count = tl.load(pointer, mask=mask, other=0)
@@ -75,16 +78,19 @@ def _describe_block(program, index, demand, start, end, source_ptr, offset_ptr, 
 
 
 @triton.jit
-def _place_copies(block, index, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES: tl.constexpr):
+def _place_copies(block, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES: tl.constexpr):
     """Rows of the copies of one block: the expert's first row, plus the copies in the blocks before, plus those before it in this block."""
     lane = tl.arange(0, COPIES)
     copy = block * COPIES + lane
     expert = tl.load(expert_ptr + copy, mask=copy < copies, other=-1)
-    earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    rank = tl.zeros((COPIES,), tl.int32)
+    for first in tl.static_range(0, COPIES, RANKED):
+        other = first + tl.arange(0, RANKED)
+        same = tl.load(expert_ptr + block * COPIES + other, mask=block * COPIES + other < copies, other=-1)[None, :] == expert[:, None]
+        rank += tl.sum((same & (other[None, :] < lane[:, None])).to(tl.int32), axis=1)
     valid = (expert >= 0) & (expert < experts)
     begin = tl.load(begin_ptr + block.to(tl.int64) * experts + expert, mask=valid, other=0)
-    row = tl.sum(tl.where(expert[:, None] == index[None, :], start[None, :], 0), axis=1) + begin + rank
+    row = tl.gather(start, tl.where(valid, expert, 0), axis=0) + begin + rank
     valid = valid & (row < rows)
     tl.store(destination_ptr + copy, tl.where(valid, row, -1), mask=copy < copies)
     tl.store(source_ptr + row, copy, mask=valid)
@@ -116,7 +122,7 @@ def _place_kernel(
     if program < rows // 128:
         _describe_block(program, index, demand, start, end, source_ptr, offset_ptr, block_expert_ptr, count_ptr, rows, experts)
     else:
-        _place_copies(program - rows // 128, index, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES)
+        _place_copies(program - rows // 128, start, expert_ptr, begin_ptr, source_ptr, destination_ptr, copies, rows, experts, COPIES)
 
 
 @triton.jit
@@ -228,6 +234,13 @@ def _combine_rows_kernel(y_ptr, out_ptr, weight_ptr, destination_ptr, octets, K:
     tl.store(out_ptr + token * cols + column, _to_bf16(total), mask=column < cols)
 
 
+def scan(begin: torch.Tensor, demand: torch.Tensor) -> None:
+    """begin: [blocks, columns] int32, counts; becomes the sum over the blocks before. demand: [columns], written with the sum over all."""
+    blocks, columns = begin.shape
+    constants = {"BLOCKS": SCAN_BLOCKS, "EXPERTS": SCAN_EXPERTS, "num_warps": 4}
+    launch(_scan_kernel, (cdiv(columns, SCAN_EXPERTS),), begin, demand, blocks, columns, **constants)
+
+
 def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = None) -> RowMap:
     """Kernel twin of `fp8_recipes.reference.route_map`, three launches and no wait for the device.
 
@@ -246,9 +259,9 @@ def route_map(expert_index: torch.Tensor, num_experts: int, rows: int | None = N
     counts = common.empty((num_experts,), torch.int32, device)
     if blocks:
         launch(_count_kernel, (blocks,), expert_index, begin, copies, num_experts, COPIES=COPIES, num_warps=4)
-    launch(_scan_kernel, (cdiv(num_experts, SCAN_EXPERTS),), begin, demand, blocks, num_experts, EXPERTS=SCAN_EXPERTS, num_warps=4)
+    scan(begin, demand)
     outputs = (source, destination, offsets, block_expert, counts)
-    constants = {"COPIES": COPIES, "EXPERTS": next_power_of_2(num_experts), "num_warps": 8}
+    constants = {"COPIES": COPIES, "EXPERTS": next_power_of_2(num_experts), "num_warps": PLACE_WARPS}
     launch(_place_kernel, (rows // TILE + blocks,), expert_index, begin, demand, *outputs, copies, rows, num_experts, **constants)
     return RowMap(*outputs)
 

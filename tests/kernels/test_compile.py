@@ -141,7 +141,7 @@ def permute_cases() -> list[tuple[str, str, dict, dict, int]]:
     index = {f"{name}_ptr": "*i32" for name in integers}
     found.append(("permute", "_count_kernel", {"COPIES": 128}, index, 0))
     found.append(("permute", "_scan_kernel", {"BLOCKS": 128, "EXPERTS": 16}, index, 0))
-    found.append(("permute", "_place_kernel", {"COPIES": 128, "EXPERTS": 256, "num_warps": 8}, index, 0))
+    found.append(("permute", "_place_kernel", {"COPIES": 128, "EXPERTS": 256, "num_warps": 4}, index, 0))
     return found
 
 
