@@ -211,6 +211,13 @@ def swiglu_quantize_saving(
     return q, ScaledTensor(saved.view(fmt.dtype), h_scale, "row")
 
 
+def gradient_options(cols: int, granularity: str) -> dict[str, Any]:
+    """How one program covers the two halves of a row, side by side, of ``cols`` columns each. scripts/sweep_swiglu.py tries others."""
+    plan = plan_row(cols)
+    registers = {"maxnreg": WIDE_REGISTERS} if plan.warps == 8 and granularity != "row" else {}
+    return {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps, **registers}
+
+
 @overload
 def swiglu_backward_quantize(
     dy: torch.Tensor, h: torch.Tensor | ScaledTensor, granularity: str = "row", fmt: Format = E4M3, *, fold: str | None = None, prob: None = None
@@ -249,10 +256,7 @@ def swiglu_backward_quantize(
         return q if prob is None else (q, swiglu_prob_gradient(dy, h))
     r = row_result(2 * cols, granularity, fold, fmt)
     q, pointers = empty_rows(rows, 2 * cols, r, fmt, dy.device)
-    plan = plan_row(cols)  # each program takes the two halves of a row side by side
-    constants: dict[str, Any] = {**r.constants, "BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
-    if plan.warps == 8 and granularity != "row":
-        constants["maxnreg"] = WIDE_REGISTERS
+    constants = {**r.constants, **gradient_options(cols, granularity)}
     given, gradient = (dy, dy) if prob is None else (prob, common.empty((rows,), torch.float32, dy.device))
     launch(_swiglu_backward_quantize_kernel, (rows,), dy, source, *pointers, given, gradient, h_scale, cols, PROB=prob is not None, H=form, **constants)
     return q if prob is None else (q, gradient)
