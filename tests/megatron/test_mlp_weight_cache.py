@@ -52,6 +52,7 @@ def train(tmp_path_factory):
     [
         ("llama3_8l_8b", "moss:interval=2", "", 1),  # measured again in the middle of the run
         ("llama3_8l_8b", "moss", f"{FULL} --eval-interval 2 --eval-iters 2", 2),  # recomputed, with evaluation between steps
+        ("llama3_8l_8b", "moss", "--arch smooth-swiglu", 1),  # module by module
         ("fog_tiny", "row", "--fog max", 1),  # without a gate, scales measured: the flag of the first microbatch is all that tells
     ],
 )

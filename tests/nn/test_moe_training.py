@@ -112,11 +112,12 @@ def test_predicted_scales_are_measured_together_and_hold() -> None:
     assert expert_operand(params1, FLOW).amax is not operand.amax
 
 
-def test_kept_payload_lives_for_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["ffn", "row"])
+def test_kept_payload_lives_for_one_step(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     c = case(top_k(64, 2, 4), 4)
-    recipe = from_name("fp8_flow_moe:weight_cache=row")
+    recipe = from_name(f"fp8_flow_moe:weight_cache={value}")
     w1, w2 = ([torch.nn.Parameter(w.float()) for w in ws] for ws in (c.w1, c.w2))
-    with pytest.raises(RecipeError, match="weight_cache=row needs to know where a step begins"):
+    with pytest.raises(RecipeError, match=f"weight_cache={value} needs to know where a step begins"):
         moe_experts(c.x, c.index, c.prob, w1, w2, recipe=recipe)
     optimizer = torch.optim.AdamW([*w1, *w2], lr=1e-2, betas=(0.9, 0.95))
     scaling = WeightScaling(interval=2)
@@ -140,6 +141,10 @@ def test_kept_payload_lives_for_one_step(monkeypatch: pytest.MonkeyPatch) -> Non
             with torch.no_grad():
                 w1[2].mul_(3)  # as loading a checkpoint does
     assert casts == [2, 0, 0] * 5
+    kept = expert_operand(w1, recipe).row()
+    with torch.no_grad():
+        w1[1].mul_(0.5)  # by somebody who tells no clock
+    assert expert_operand(w1, recipe).row() is not kept
 
 
 def test_untracked_or_measured_weights_are_measured_at_every_use() -> None:
