@@ -53,9 +53,13 @@ class Group:
         return 2 if self.mark == "multi_gpu" else 1
 
 
+RESUME = 250
+"""Seconds of a resume test: four trainings with checkpoints."""
+
+
 def trainings(count: int) -> int:
-    """Seconds of a process that trains so often: 40 each, most of it starting torchrun (25 to 60 beside others), and 20 to collect and to make the text."""
-    return 20 + 40 * count
+    """Seconds of a process that trains so often: 48 each, most of it starting torchrun (40 to 56 beside others), and 20 to collect and to make the text."""
+    return 20 + 48 * count
 
 
 def split(path: str, mark: str, *parts: tuple[str, int, str]) -> list[Group]:
@@ -68,26 +72,37 @@ def split(path: str, mark: str, *parts: tuple[str, int, str]) -> list[Group]:
 TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_", "head_"))
 DENSE, MOE, FOG, FOG_MOE, HEAD = TRAINING
 APART = tuple(f"--ignore={path}" for path in TRAINING)
-GROUPS = [
-    *split("tests/kernels", "gpu", ("kernels-products", 100, "gemm.py or swiglu.py or xielu.py or gelu.py or tanh.py"), ("kernels", 100, "")),
-    Group("te", "gpu", ("tests/te",), 90),
-    Group("nn", "gpu", ("tests/nn",), 90),
-    Group("other", "gpu", ("tests", *APART, *(f"--ignore=tests/{folder}" for folder in ("kernels", "te", "nn"))), 90),
-    Group("ranks", "multi_gpu", ("tests", *APART), 120),
+SHORT = [
+    *split(  # most of their time compiles kernels, one variant after another
+        "tests/kernels", "gpu",
+        ("kernels-gelu", 170, "gelu.py and not micro"),
+        ("kernels-gelu-micro", 170, "gelu.py and micro"),
+        ("kernels-xielu", 170, "xielu.py"),
+        ("kernels-swiglu", 130, "swiglu.py and not saved"),
+        ("kernels-products", 180, "saved or gemm.py or tanh.py"),
+        ("kernels-quantize", 110, "quantize.py"),
+        ("kernels", 170, ""),
+    ),
+    Group("te", "gpu", ("tests/te",), 45),
+    Group("nn", "gpu", ("tests/nn",), 80),
+    Group("other", "gpu", ("tests", *APART, *(f"--ignore=tests/{folder}" for folder in ("kernels", "te", "nn"))), 45),
+    Group("ranks", "multi_gpu", ("tests", *APART), 75),
+]  # fmt: skip
+LONG = [
     *split(
         DENSE, "gpu",
         ("dense-recipes", trainings(4), "recipe_learns and not (moss_exact or tile or tensorwise)"),
         ("dense-checks", trainings(4), "recipe_learns and (moss_exact or tile or tensorwise)"),
         ("dense-options", trainings(5), "first_last or recompute or no_fusion or precision_file"),
         ("dense-optimizer", trainings(4), "clip_often or short_interval"),
-        ("dense-resume", trainings(4), ""),
+        ("dense-resume", RESUME, ""),
     ),
     *split(
         MOE, "gpu",
         ("moe-recipes", trainings(4), "recipe_learns or scales_of"),
-        ("moe-options", trainings(4), "words0 or words2 or router_losses"),
-        ("moe-recompute", trainings(6), "words1 or recompute_changes"),
-        ("moe-resume", trainings(4), ""),
+        ("moe-options", trainings(4), "option_learns and not sigmoid or router_losses"),
+        ("moe-recompute", trainings(6), "sigmoid or recompute_changes"),
+        ("moe-resume", RESUME, ""),
     ),
     *split(
         FOG, "gpu",
@@ -95,27 +110,27 @@ GROUPS = [
         ("fog-opt", trainings(5), "opt]"),
         ("fog-max", trainings(5), "max]"),
         ("fog-options", trainings(6), "option_changes"),
-        ("fog-resume", trainings(4), "resume and moss and not attention"),
-        ("fog-resume-attention", trainings(4), "resume and attention"),
-        ("fog-resume-delayed", trainings(4), "resume and not moss"),
+        ("fog-resume", RESUME, "resume and moss and not attention"),
+        ("fog-resume-attention", RESUME, "resume and attention"),
+        ("fog-resume-delayed", RESUME, "resume and not moss"),
         ("fog-baselines", trainings(4), ""),
     ),
-    *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", trainings(6), "")),
+    *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", RESUME + trainings(2), "")),
     *split(
         HEAD, "gpu",
-        ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(5), "option_changes"), ("head-resume", trainings(6), ""),
+        ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(5), "option_changes"), ("head-resume", RESUME + trainings(1), ""),
     ),
     *split(
         DENSE, "multi_gpu",
-        ("dense-2-tp", trainings(4), "tensor-model"), ("dense-2-resume", trainings(4), "resume"), ("dense-2-pp-dp", trainings(4), ""),
+        ("dense-2-tp", trainings(4), "tensor-model"), ("dense-2-resume", RESUME, "resume"), ("dense-2-pp-dp", trainings(4), ""),
     ),
     *split(
         MOE, "multi_gpu",
-        ("moe-2-ep", trainings(3), "expert-model and not flags1"),
-        ("moe-2-tp", trainings(4), "tensor-model or layout4"),
-        ("moe-2-shared-pp", trainings(4), "flags1 or pipeline"),
+        ("moe-2-ep", trainings(3), "[experts"),
+        ("moe-2-tp", trainings(4), "[tensor"),
+        ("moe-2-shared-pp", trainings(4), "[shared or [pipeline"),
         ("moe-2-rounding", trainings(2), "rounding"),
-        ("moe-2-resume", trainings(4), ""),
+        ("moe-2-resume", RESUME, ""),
     ),
     *split(
         FOG, "multi_gpu",
@@ -127,7 +142,8 @@ GROUPS = [
     Group("fog-2-moe", "multi_gpu", (FOG_MOE,), trainings(4)),
     *split(HEAD, "multi_gpu", ("head-2-tp", trainings(4), "tensor-model"), ("head-2-pp-dp", trainings(4), "")),
 ]  # fmt: skip
-GROUPS[6:] = sorted(GROUPS[6:], key=lambda group: -group.seconds)  # the long ones first, so that none is left over at the end
+LONG.sort(key=lambda group: -group.seconds * group.gpus)  # what takes most first, so that none is left over at the end
+GROUPS = [*SHORT, *LONG]
 
 
 @dataclass
@@ -183,7 +199,7 @@ class Run:
         return self.out / f"{group.name}.log"
 
     def start(self, group: Group, taken: list[str], visible: str) -> Running:
-        options = ["-v", "--tb=short", "-p", "no:cacheprovider", "--basetemp", str(self.scratch / group.name)]
+        options = ["-v", "--tb=short", "--durations=10", "-p", "no:cacheprovider", "--basetemp", str(self.scratch / group.name)]
         port = FIRST_PORT + 10 * [g.name for g in GROUPS].index(group.name)
         environment = {"CUDA_VISIBLE_DEVICES": visible, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

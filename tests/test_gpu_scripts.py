@@ -72,15 +72,16 @@ def test_every_gpu_test_is_in_exactly_one_group(gpu_tests, tmp_path):
         assert {name for names in groups_of.values() for name in names} == {g.name for g in gpu_tests.GROUPS}
 
 
-def test_expressions_are_those_that_pytest_understands(gpu_tests):
-    """One -k expression of a group of training tests, by pytest itself."""
-    group = next(g for g in gpu_tests.GROUPS if g.name == "fog-flash")
+@pytest.mark.parametrize(("name", "least"), [("fog-flash", 6), ("moe-2-shared-pp", 2)])
+def test_expressions_are_those_that_pytest_understands(gpu_tests, name, least):
+    """A -k expression of a group of training tests, by pytest itself."""
+    group = next(g for g in gpu_tests.GROUPS if g.name == name)
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *group.arguments()]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if "no tests" in found.stdout:
         pytest.skip("Megatron-Core is not installed")
     tests = [line for line in found.stdout.splitlines() if "::" in line]
-    assert found.returncode == 0 and len(tests) >= 6 and all(selects(group, test) for test in tests)
+    assert found.returncode == 0 and len(tests) >= least and all(selects(group, test) for test in tests)
 
 
 def test_dry_run_on_two_gpus_plans_every_group_cheap_ones_first(gpu_tests):
@@ -88,7 +89,7 @@ def test_dry_run_on_two_gpus_plans_every_group_cheap_ones_first(gpu_tests):
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in result.stdout.splitlines() if line.startswith("|")][2:]
     assert {row[2] for row in rows} == {g.name for g in gpu_tests.GROUPS}
-    assert [row[2] for row in rows[:4]] == ["kernels-products", "kernels", "te", "nn"]
+    assert [row[2] for row in rows[: len(gpu_tests.SHORT)]] == [g.name for g in gpu_tests.SHORT]
     beside = [sum(int(s) <= int(at) < int(s) + int(length) for s, length, *_ in rows) for at, *_ in rows]
     assert max(beside) <= 24 and "up to 12 processes a GPU" in result.stdout
     assert all(len(row[3].split()) == (2 if "multi_gpu" in row[4] else 1) for row in rows)
@@ -111,7 +112,7 @@ def test_without_a_gpu_it_is_one_sentence(tmp_path, hidden):
 
 
 def test_unknown_group_and_gpus_of_a_real_run_are_refused():
-    assert "no group nope; known: kernels-products" in run("nope", "--dry-run", "--gpus", 1).stderr
+    assert "no group nope; known: kernels-gelu, " in run("nope", "--dry-run", "--gpus", 1).stderr
     assert "with --dry-run only" in run("--gpus", 2).stderr
 
 
@@ -133,14 +134,14 @@ def test_a_run_reports_what_passed_failed_and_was_cut_off(tmp_path):
     out, path = tmp_path / "out", with_gpus(tmp_path, "0 1")
     environment = os.environ | {"PATH": path, "PYTHON": str(fake)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    groups = ["kernels*", "te", "nn", "other", "ranks"]
+    groups = ["kernels", "kernels-q*", "te", "nn", "other", "ranks"]
     command = [sys.executable, ROOT / "scripts" / "gpu_tests.py", *groups, "--out", out, "--limit", "10", "--commit", "abc123"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert result.returncode == 1, result.stdout + result.stderr
     with open(out / "summary.csv") as stream:
         rows = {row["group"]: row for row in csv.DictReader(stream)}
     assert {name: row["result"] for name, row in rows.items()} == {
-        "kernels-products": "passed", "kernels": "passed", "te": "failed", "nn": "failed", "other": "failed", "ranks": "cut off",
+        "kernels-quantize": "passed", "kernels": "passed", "te": "failed", "nn": "failed", "other": "failed", "ranks": "cut off",
     }  # fmt: skip
     assert rows["kernels"]["closing_line"] == "5 passed, 2 deselected" and rows["nn"]["closing_line"] == "7 skipped, 2 deselected"
     assert rows["other"]["closing_line"] == "ended with status -9 and no closing line"
@@ -154,7 +155,7 @@ def test_a_run_reports_what_passed_failed_and_was_cut_off(tmp_path):
 
 def test_groups_that_wait_when_time_is_over_are_not_passed(gpu_tests, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", str(executable(tmp_path / "fake", "#!/bin/sh\nexec sleep 60\n")))
-    one = [g for g in gpu_tests.GROUPS if fnmatch(g.name, "kernels*")]
+    one = [g for g in gpu_tests.GROUPS if fnmatch(g.name, "kernels-gelu*")]
     run_of_two = gpu_tests.Run(tmp_path, "", "abc", tmp_path)
     gpu_tests.work(run_of_two, one, gpu_tests.Slots({"0": 0}, 1), 0.5)
     assert [row["result"] for row in run_of_two.rows] == ["cut off", "not run"]

@@ -58,6 +58,7 @@ class TestOneGpu:
             (SIGMOID, [f"MoE layers 2-3: 8 {FLOW}", "MoE layers 1,4: Megatron's own modules, bf16 (first / last)"]),
             ("--no-gradient-accumulation-fusion --moe-router-fusion", [f"MoE layers 1-4: 8 {FLOW}"]),
         ],
+        ids=["shared", "sigmoid", "fusion"],
     )
     def test_option_learns_as_bf16_with_the_same_option(self, train, flags, words):
         losses, log = train("fp8_flow_moe", flags)
@@ -102,6 +103,7 @@ class TestTwoGpus:
             (f"{TENSOR_2} {EXPERTS_2}", "", 4),
             ("--pipeline-model-parallel-size 2", "", 8),
         ],
+        ids=["experts", "shared", "experts_overlap", "tensor", "tensor_experts", "pipeline"],
     )
     def test_parallel_run_learns_as_bf16(self, train, layout, flags, experts):
         """The layout decides the initial weights, so bf16 runs in the same."""
