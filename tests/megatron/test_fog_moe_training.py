@@ -6,10 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from megatron_runs import assert_near, one_gpu, resume, two_gpus  # noqa: E402
+from megatron_runs import CALM, assert_near, one_gpu, resume, two_gpus  # noqa: E402
 
 MODEL = "fog_moe_tiny"
-FLAGS = "--ckpt-format torch_dist"
+FLAGS = f"--ckpt-format torch_dist {CALM}"
 FLOW = "local experts as one FP8 function from router to combined output"
 SHARED = "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 256"
 
@@ -44,7 +44,7 @@ class TestOneGpu:
         assert "fog-opt(" in log and f"MoE layers 1-4: 8 {FLOW}" in log
 
     def test_resume_is_bitwise_and_checkpoints_cross_recipes(self, workspace):
-        resume(workspace / "resume", "fp8_flow_moe", MODEL=MODEL)
+        resume(workspace / "resume", "fp8_flow_moe", MODEL=MODEL, EXTRA=CALM)
 
 
 class TestTwoGpus:
