@@ -22,9 +22,12 @@ STEPS = 12
 TOLERANCE = 0.02
 """Relative difference of a tiny model's loss from bf16's at the same step: 12 steps from the same weights, so the runs have not drifted apart."""
 CALM = "--lr 3e-4 --min-lr 3e-5"
-"""Learning rate at which runs of tiny FOG models can be compared: with no norm before their layers they are chaotic at the models' own 1e-3. Measured on the CPU
-over 12 steps from three starts (8 experts under --fog flash and --fog opt, dense --fog max): from weights perturbed by up to 6 %, as a rounding to E4M3 does,
-bf16 is at worst 10.9, 2.9 and 0.6 % from bf16, and FP8 from the same weights 1.7, 1.9 and 1.0 %; at 3e-4 it is 0.8, 1.1 and 0.3 %, and FP8 0.5, 0.4 and 0.3 %."""
+"""Learning rate at which runs of tiny FOG models can be compared: with no norm before their layers they are chaotic at the models' own 1e-3.
+
+Measured on the CPU over 12 steps from three starts (8 experts under --fog flash and --fog opt, dense --fog max): from weights perturbed by up to 6 %, as a
+rounding to E4M3 does, bf16 is at worst 10.9, 2.9 and 0.6 % from bf16, and FP8 from the same weights 1.7, 1.9 and 1.0 %; at 3e-4 bf16 is at worst 0.8, 1.1
+and 0.3 %, and FP8 0.5, 0.4 and 0.3 %. (Initial weights drawn in FP32: torch draws bf16 ones on the CPU from too few values, which FP8 sees.)
+"""
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 Losses = dict[int, float]
 
