@@ -69,8 +69,8 @@ def split(path: str, mark: str, *parts: tuple[str, int, str]) -> list[Group]:
     return [*(Group(n, mark, (path,), s, words) for n, s, words in chosen), Group(name, mark, (path,), seconds, rest)]
 
 
-TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_", "head_"))
-DENSE, MOE, FOG, FOG_MOE, HEAD = TRAINING
+TRAINING = tuple(f"tests/megatron/test_{kind}training.py" for kind in ("", "moe_", "fog_", "fog_moe_", "head_", "mlp_"))
+DENSE, MOE, FOG, FOG_MOE, HEAD, MLP = TRAINING
 APART = tuple(f"--ignore={path}" for path in TRAINING)
 SHORT = [
     *split(  # most of their time compiles kernels, one variant after another
@@ -97,6 +97,7 @@ LONG = [
         ("dense-optimizer", trainings(4), "clip_often or short_interval"),
         ("dense-resume", RESUME, ""),
     ),
+    Group("dense-kept-weights", "gpu", (MLP,), trainings(5)),
     *split(
         MOE, "gpu",
         ("moe-recipes", trainings(4), "recipe_learns or scales_of"),
