@@ -91,6 +91,8 @@ def check_cases() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
             case = f"{rows}x{cols} {fmt} {granularity}{'+fold' if fold else ''}"
             q = reference.quantize(x, granularity, fmt, fold=fold)
             yield f"quantize {case}", kernels.quantize(x, granularity, fmt, fold=fold), q, 0
+            if granularity == "tensor":
+                yield f"fold_transpose {case}", kernels.fold_transpose(q), reference.fold_transpose(q), 0
             if granularity in ("micro", "tile", "row"):
                 for to in ("column_block", "tensor"):
                     yield f"fold_transpose {case} {to}", kernels.fold_transpose(q, to), reference.fold_transpose(q, to), 0
@@ -246,7 +248,9 @@ def bench_weights(table: Table, rounds: int) -> None:
         contenders: Calls = {"copy": copy_calls(3 * size)}
         contenders["quantize_weight"] = [partial(kernels.quantize_weight, w, amax, 1e-3) for w in ws]
         contenders["quantize_weight transpose"] = [partial(kernels.quantize_weight, w, amax, 1e-3, transpose=True) for w in ws]
-        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size))
+        qs = [kernels.quantize_weight(data(rows, cols, i), amax) for i in range(rotations(size))]
+        contenders["fold_transpose of one scale"] = [partial(kernels.fold_transpose, q) for q in qs]
+        record(table, (rows, cols), measure(contenders, rounds), dict.fromkeys(contenders, 3 * size) | {"fold_transpose of one scale": 2 * size})
 
 
 def bench_fused(table: Table, rounds: int) -> None:
@@ -327,6 +331,9 @@ def sweep_cases() -> Iterator[tuple[str, tuple[int, int], float, Calls]]:
         for plan in (p for p in PLANS if not p.overlap):  # a single kernel, nothing to overlap with
             calls[plan_name(plan)] = [partial(FOLD_TRANSPOSE.quantize_given_transposed, w, amax, 1e-3, E4M3, plan) for w in ws]
         yield "quantize_weight transpose", (rows, cols), 3 * rows * cols, calls
+        qs = [kernels.quantize_weight(w, amax) for w in ws]
+        calls = {plan_name(plan): [partial(kernels.fold_transpose, q, plan=plan) for q in qs] for plan in PLANS if not plan.overlap}
+        yield "fold_transpose of one scale", (rows, cols), 2 * rows * cols, calls
 
 
 def sweep(table: Table, rounds: int) -> None:
