@@ -142,17 +142,14 @@ def rmsnorm_backward(dy: Any, x: Any, rstd: Any, w: Any, margin: int, zero_cente
     return (rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))).to(x.dtype), (dy.float() * n).sum(0).to(w.dtype)
 
 
-def torch_fp8(dtype: Any) -> torch.dtype:
-    return torch.float8_e4m3fn if "E4M3" in str(dtype) else torch.float8_e5m2
-
-
 def quantize(x: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
     """Delayed and current scaling, with the transposed form that Hopper's products want."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 
     assert isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer)), type(quantizer)
     assert x.is_contiguous()
-    dtype, source = torch_fp8(quantizer.dtype), x.detach().float()
+    dtype, source = TE_DType_To_Torch[quantizer.dtype], x.detach().float()
     largest, amax = torch.finfo(dtype).max, source.abs().max()
     if isinstance(quantizer, Float8Quantizer):
         quantizer.amax.copy_(amax)
@@ -170,10 +167,12 @@ def quantize(x: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
 
 
 def value(t: Any) -> torch.Tensor:
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
     if not hasattr(t, "_fp8_dtype"):
         return t.float()
     data = t._data if t._data is not None else t._transpose.t().contiguous()
-    return data.view(torch_fp8(t._fp8_dtype)).float() * t._scale_inv
+    return data.view(TE_DType_To_Torch[t._fp8_dtype]).float() * t._scale_inv
 
 
 def generic_gemm(
