@@ -47,6 +47,12 @@ SWEEP: dict[str, GroupedConfig] = {
     "128x128 s3 w4 x2": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2),
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
     "128x256 s3 add (wgrad)": replace(WIDE, store="add"),
+    "128x256 s3 bulk (wgrad)": replace(WIDE, fetch="bulk"),
+    "128x256 s3 lines (wgrad)": replace(WIDE, fetch="lines"),
+    "128x256 s4 atomic (wgrad)": replace(WIDE, stages=4, store="atomic"),
+    "128x256 s4 atomic bulk (wgrad)": replace(WIDE, stages=4, store="atomic", fetch="bulk"),
+    "128x256 s4 atomic lines (wgrad)": replace(WIDE, stages=4, store="atomic", fetch="lines"),
+    "128x128 s3 w4 x2 atomic lines (wgrad)": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2, store="atomic", fetch="lines"),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]

@@ -62,6 +62,24 @@ def side_by_side(rows: Rows) -> Rows:
     return list(found.values())
 
 
+def grouped_side_by_side(rows: Rows) -> Rows:
+    """bench_grouped.py's contenders as columns, TFLOP/s; ours over torch's fast accumulator. ours_adding: into fp32 main_grads, which torch cannot."""
+    columns = {
+        "bf16": "bf16", "torch fast": "torch_fast", "torch split": "torch_split", "ours fast": "ours_fast", "ours 1024": "ours_1024",
+        "ours fast, +fp32 in reverse": "ours_adding",
+    }  # fmt: skip
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        sizes = {key: row[key] for key in ("shape", "experts", "rows", "K", "N")}
+        one = found.setdefault((row["kind"], row["shape"]), {"product": row["kind"], **sizes, **dict.fromkeys(columns.values(), "")})
+        if row["contender"] in columns:
+            one[columns[row["contender"]]] = f"{float(row['tflops']):.0f}"
+    for one in found.values():
+        for way in ("fast", "1024"):
+            one[f"{way}_vs_torch"] = f"{float(one[f'ours_{way}']) / float(one['torch_fast']):.2f}x"
+    return list(found.values())
+
+
 def at_defaults(rows: Rows) -> Rows:
     """bench_kernels.py's kernels and peers at their default settings; copies and host times are left out."""
     kept = [row for row in rows if row["shape"] != "host" and not row["op"].startswith("copy")]
@@ -104,10 +122,10 @@ def loss(name: str, minutes: int, environment: str, recipes: str, target: str) -
 
 
 PARTS = [
-    speed("dense", 7, f'ROUNDS=2 EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=fp8 tensorwise blockwise", "megatron_dense_8l_7b.csv"),
+    speed("dense", 8, f'ROUNDS=2 EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=fp8,weight_cache=ffn tensorwise blockwise", "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
     speed("moe", 7, f'MODEL=moe_6l_v2lite ROUNDS=2 EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
-          f'"bf16@32 {FUSED_ROUTER}" blockwise tensorwise fp8_flow_moe "fp8_flow_moe {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
+          f'"bf16@32 {FUSED_ROUTER}" blockwise tensorwise "fp8_flow_moe {FUSED_ROUTER}" "fp8_flow_moe:head=fp8 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
     speed("fog-speed", 8, f'ROUNDS=2 EXTRA="{FUSED_LOSS}"', "llama3_8l_8b+bf16 llama3_8l_8b+delayed llama3_8l_8b+tensorwise fog_8l_8b+fog "
           "fog_8l_8b+moss:attention=fp8 fog_max_8l_8b+fog", "megatron_fog_8l_8b.csv"),
     speed("metrics-off", 2, "ROUNDS=2", "moss", "megatron_metrics_off.csv"),
@@ -116,7 +134,8 @@ PARTS = [
     script("moe-ablation", 3, "scripts/bench_moe.py --ablation --csv OUT", "moe_ablation.csv"),
     script("experts", 2, "scripts/bench_experts.py --csv OUT", "experts_bench.csv"),
     script("permute", 2, "scripts/bench_permute.py --csv OUT", "permute_bench.csv"),
-    script("grouped", 3, "scripts/bench_grouped.py --check --bench --transpose --csv OUT", "grouped_bench.csv", "grouped_transpose.csv"),
+    script("grouped", 3, "scripts/bench_grouped.py --check --bench --transpose --csv OUT", "grouped_bench.csv", "grouped_transpose.csv",
+           Table("grouped_bench.csv", "grouped.csv", grouped_side_by_side)),
     script("dispatch", 2, "-m torch.distributed.run --nproc-per-node 2 scripts/bench_dispatch.py --csv OUT", "dispatch_bench.csv", gpus=2),
     script("te", 2, "scripts/bench_te.py --rounds 9 --csv OUT/te_modules.csv", "te_modules.csv"),
     script("kernels", 3, "scripts/bench_kernels.py --check --bench --csv OUT", Table("kernels_bench.csv", "kernels.csv", at_defaults)),
@@ -124,7 +143,8 @@ PARTS = [
     script("fog-parts", 3, "scripts/bench_fog.py --csv OUT", "fog_bench.csv"),
     script("metrics", 2, "scripts/bench_metrics.py --csv OUT", "metrics_bench.csv"),
     loss("loss-dense", 9, 'START=300 EXTRA="--micro-batch-size 32"', "bf16 moss tensorwise", "loss_gpt_104m_common_start"),
-    loss("loss-moe", 9, "START=300 MODEL=moe_300m", "bf16 fp8_flow_moe", "loss_moe_300m_common_start"),
+    loss("loss-head", 12, 'START=300 VOCAB=32000 TEXT_MB=450 EXTRA="--micro-batch-size 32"', "bf16 moss moss:head=fp8", "loss_gpt_104m_words"),
+    loss("loss-moe", 10, f'START=300 MODEL=moe_300m EXTRA="--micro-batch-size 32 {FUSED_ROUTER}"', "bf16 fp8_flow_moe", "loss_moe_300m_common_start"),
     loss("loss-fog-flash", 10, "START=300 MODEL=fog_150m", "bf16 fog moss:attention=fp8", "loss_fog_150m_common_start"),
     loss("loss-fog-max", 8, "START=300 MODEL=fog_max_150m", "bf16 fog", "loss_fog_max_150m_common_start"),
     loss("loss-llama3", 5, "MODEL=llama3_150m", "bf16", "loss_llama3_150m"),

@@ -20,7 +20,7 @@ from .launch import launch
 from .quantize import quantize
 from .rows import columns_of, empty_rows, hold_piece, load_piece, row_result, store_piece, store_row_scale
 
-PIECE = 32
+PIECE = 16
 """Tiles of 128 columns that a program holds at once."""
 SLACK = tl.constexpr(2.0**-16)
 """Of probabilities in fp32: lse is off by up to its own last place, so an entry may exceed the bound by as much."""

@@ -16,9 +16,7 @@ the tile is added to main_grad and starts again from zero. Short groups, the com
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,24 +28,9 @@ from . import common
 from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
-from .gemm_configs import BLOCK_K, GemmConfig
+from .gemm_configs import BLOCK_K
+from .grouped_configs import SMALL, WIDE, GroupedConfig, select_config
 from .launch import launch, matrix_descriptor
-
-
-@dataclass(frozen=True)
-class GroupedConfig(GemmConfig):
-    """`GemmConfig` with two more. resident: programs per multiprocessor; with two, one computes while the other writes its tile. fetch: how wgrad asks L2 for
-    the tile that it will add to, so that the additions do not wait for memory: "" not at all, "bulk" 512 bytes a request, "lines" 128.
-    """
-
-    resident: int = 1
-    fetch: str = ""
-
-
-WIDE = GroupedConfig(128, 256, stages=3, subtiles=4)
-SMALL = GroupedConfig(128, 128, stages=5, subtiles=2)
-_RATE = {WIDE: 1.0, SMALL: 0.9}
-"""Speed of each tile while the device is full, relative to the best; scripts/bench_grouped.py --sweep measures it."""
 
 
 @triton.jit
@@ -273,17 +256,6 @@ def _takes_tma(out: torch.Tensor, cols: int) -> bool:
     return out.data_ptr() % _ALIGNMENT == 0 and cols * out.element_size() % _ALIGNMENT == 0
 
 
-@functools.cache
-def select_config(m: int, n: int, programs: int) -> GroupedConfig:
-    """The tile with the smallest estimated time for ``m`` rows of results, ``n`` wide, of all experts together: waves * tile area / rate."""
-
-    def time(config: GroupedConfig) -> float:
-        waves = cdiv(cdiv(m, config.block_m) * cdiv(n, config.block_n), programs)
-        return waves * config.block_m * config.block_n / _RATE[config]
-
-    return min(_RATE, key=time)
-
-
 def grouped_gemm(
     a: ScaledTensor,
     b: GroupedTensor,
@@ -381,14 +353,16 @@ def grouped_wgrad(
     if first.device != device:
         raise ValueError(f"out is on {first.device}, the operands are on {device}; keep them together")
     programs = _multiprocessors(device)
-    config = select_config(experts * n, k, programs) if config is None else config
+    distance = promote // BLOCK_K if promote < rows else 0
+    in_out = accumulate and first.dtype == torch.float32 and distance > 1
+    if config is None:  # a total in registers beside the accumulator fits the small tile only
+        config = SMALL if distance > 1 and not in_out else select_config(experts * n, k, programs)
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"
     if accumulate and first.dtype == torch.float32 and config.store != "add":
         store = config.store if by_tma else "atomic"
     programs = min(programs * config.resident, experts * cdiv(n, config.block_m) * cdiv(k, config.block_n))
-    distance = promote // BLOCK_K if promote < rows else 0
     launch(
         _grouped_wgrad_kernel,
         (programs,),
@@ -412,7 +386,7 @@ def grouped_wgrad(
         GROUP=config.group,
         SUBTILES=config.subtiles,
         PROMOTE=distance,
-        IN_OUT=accumulate and first.dtype == torch.float32 and distance > 1,
+        IN_OUT=in_out,
         STORE=store,
         ACCUMULATE=accumulate,
         FETCH=config.fetch if accumulate else "",
@@ -422,3 +396,6 @@ def grouped_wgrad(
         num_stages=config.stages,
     )
     return out
+
+
+__all__ = ["SMALL", "WIDE", "GroupedConfig", "grouped_gemm", "grouped_wgrad", "select_config"]

@@ -167,7 +167,8 @@ def _environment(args: argparse.Namespace) -> list[tuple[Any, str]]:
         (
             repeatable and version < DETERMINISTIC,
             f"--deterministic-mode / NVTE_ALLOW_NONDETERMINISTIC_ALGO=0: cuDNN {_dots(version)} has no deterministic FP8 attention, "
-            f"{_dots(DETERMINISTIC)} does; pip install -U nvidia-cudnn-cu13 (or -cu12)",
+            f"{_dots(DETERMINISTIC)} does; if a newer one is installed beside it, "
+            "docs/megatron.md says how to have TransformerEngine load it",
         ),
         (off, f"{', '.join(off)} in the environment turns FP8 attention off, or half of it; unset it"),
     ]
