@@ -143,9 +143,10 @@ def check_loss() -> Iterator[tuple[str, ScaledTensor, ScaledTensor, float]]:
         lse = m + s.log()
         if not torch.allclose(lse, torch.logsumexp(logits.float(), dim=1), rtol=1e-6, atol=4e-6):
             raise SystemExit(f"softmax_parts {rows}x{cols}: log of the sum differs")
-        given = (logits, labels, lse, target, dloss, "micro", E5M2)
-        got = kernels.cross_entropy_backward_quantize(*given, fold="row")
-        yield f"cross_entropy_backward_quantize {rows}x{cols}", got, reference.cross_entropy_backward_quantize(*given, fold="row"), 1e-2
+        for granularity, fold in (("row", None), ("micro", "row")):
+            given = (logits, labels, lse, target, dloss, granularity, E5M2)
+            got = kernels.cross_entropy_backward_quantize(*given, fold=fold)
+            yield f"cross_entropy_backward_quantize {rows}x{cols} {granularity}", got, reference.cross_entropy_backward_quantize(*given, fold=fold), 1e-2
 
 
 def check() -> bool:
@@ -280,8 +281,8 @@ def bench_loss(table: Table, rounds: int) -> None:
         for logits, labels, dloss in batches:
             m, s, target = kernels.softmax_parts(logits, labels)
             lse = m + s.log()
-            gradients.append(partial(kernels.cross_entropy_backward_quantize, logits, labels, lse, target, dloss, "micro", E5M2, fold="row"))
-        for name, moved, calls in (("softmax_parts", 2 * size, parts), ("cross_entropy_backward_quantize micro+fold", 3 * size, gradients)):
+            gradients.append(partial(kernels.cross_entropy_backward_quantize, logits, labels, lse, target, dloss, "row", E5M2))
+        for name, moved, calls in (("softmax_parts", 2 * size, parts), ("cross_entropy_backward_quantize row", 3 * size, gradients)):
             record(table, (rows, cols), measure({"copy": copy_calls(moved), name: calls}, rounds), {"copy": moved, name: moved})
 
 

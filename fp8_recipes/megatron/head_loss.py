@@ -93,11 +93,11 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, local, lse, target = ctx.saved_tensors
-        recipe, fold = ctx.edge.recipe, None
-        if recipe.folded and recipe.grad_granularity != "row":
-            fold = "row"
+        recipe = ctx.edge.recipe
+        # A row's scale is known before its entries are: they are rounded to it at once, where other tensors are rounded finely first and then folded.
+        granularity = "row" if recipe.folded else recipe.grad_granularity
         rows, weights = logits.reshape(-1, logits.shape[-1]), dloss.reshape(-1).float().contiguous()
-        gradient = ops.cross_entropy_backward_quantize(rows, local, lse, target, weights, recipe.grad_granularity, recipe.grad_format, fold=fold)
+        gradient = ops.cross_entropy_backward_quantize(rows, local, lse, target, weights, granularity, recipe.grad_format)
         return ctx.edge.put(gradient, logits), None, None
 
 

@@ -132,17 +132,18 @@ def test_bad_input_names_the_value(device, backend, change, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("granularity", "fold"), [("row", None), ("micro", "row")])
 @pytest.mark.parametrize("vocabulary", [32000, 128256])
-def test_real_vocabularies(device, vocabulary):
+def test_real_vocabularies(device, vocabulary, granularity, fold):
     gen = torch.Generator(device=device).manual_seed(0)
     logits = (3 * torch.randn(2048, vocabulary, generator=gen, device=device)).bfloat16()
     labels = torch.randint(0, vocabulary, (2048,), generator=gen, device=device)
     dloss = torch.full((2048,), 2.0**-13, device=device)
     lse, target = statistics(kernels, logits, labels)
     torch.testing.assert_close(lse, torch.logsumexp(logits.float(), dim=1), rtol=1e-6, atol=4e-6)
-    q = kernels.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, "micro", E5M2, fold="row")
-    want = reference.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, "micro", E5M2, fold="row")
+    q = kernels.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, granularity, E5M2, fold=fold)
+    want = reference.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, granularity, E5M2, fold=fold)
     assert_nearly_bitwise(q.scale, want.scale, 1e-2)
     assert_nearly_bitwise(q.payload, want.payload, 2e-2)
-    again = kernels.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, "micro", E5M2, fold="row")
+    again = kernels.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, granularity, E5M2, fold=fold)
     assert_bitwise(q, again)
