@@ -45,39 +45,41 @@ def in_order(rows: Rows) -> Rows:
     return [{"order": str(number), **row} for number, row in enumerate(rows, 1)]
 
 
+def columns_of(rows: Rows, columns: dict[str, str], keys: tuple[str, ...]) -> Rows:
+    """Contenders of one product and shape as columns, TFLOP/s: ``columns`` names them, ``keys`` are kept."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        one = {"product": row["kind"], **{key: row[key] for key in keys}, **dict.fromkeys(columns.values(), "")}
+        one = found.setdefault((row["kind"], row["shape"]), one)
+        if row["contender"] in columns:
+            one[columns[row["contender"]]] = f"{float(row['tflops']):.0f}"
+    return list(found.values())
+
+
 def side_by_side(rows: Rows) -> Rows:
-    """bench_gemm.py's contenders as columns, TFLOP/s; shares of cuBLAS per-tensor with the same accumulation."""
+    """bench_gemm.py's contenders; shares of cuBLAS per-tensor with the same accumulation."""
     columns = {
         "bf16": "bf16", "cublas fast": "cublas_fast", "cublas split": "cublas_split", "transformer_engine": "te_accumulating",
         "ours fast": "ours_fast", "ours split": "ours_split",
     }  # fmt: skip
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        one = found.setdefault((row["kind"], row["shape"]), {"product": row["kind"], "shape": row["shape"], **dict.fromkeys(columns.values(), "")})
-        if row["contender"] in columns:
-            one[columns[row["contender"]]] = f"{float(row['tflops']):.0f}"
-    for one in found.values():
+    table = columns_of(rows, columns, ("shape",))
+    for one in table:
         for way in ("fast", "split"):
             one[f"{way}_vs_cublas"] = f"{100 * float(one[f'ours_{way}']) / float(one[f'cublas_{way}']):.0f}%"
-    return list(found.values())
+    return table
 
 
 def grouped_side_by_side(rows: Rows) -> Rows:
-    """bench_grouped.py's contenders as columns, TFLOP/s; ours over torch's fast accumulator. ours_adding: into fp32 main_grads, which torch cannot."""
+    """bench_grouped.py's contenders; ours over torch's fast accumulator. ours_adding: into fp32 main_grads, which torch cannot."""
     columns = {
         "bf16": "bf16", "torch fast": "torch_fast", "torch split": "torch_split", "ours fast": "ours_fast", "ours 1024": "ours_1024",
         "ours fast, +fp32 in reverse": "ours_adding",
     }  # fmt: skip
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        sizes = {key: row[key] for key in ("shape", "experts", "rows", "K", "N")}
-        one = found.setdefault((row["kind"], row["shape"]), {"product": row["kind"], **sizes, **dict.fromkeys(columns.values(), "")})
-        if row["contender"] in columns:
-            one[columns[row["contender"]]] = f"{float(row['tflops']):.0f}"
-    for one in found.values():
+    table = columns_of(rows, columns, ("shape", "experts", "rows", "K", "N"))
+    for one in table:
         for way in ("fast", "1024"):
             one[f"{way}_vs_torch"] = f"{float(one[f'ours_{way}']) / float(one['torch_fast']):.2f}x"
-    return list(found.values())
+    return table
 
 
 def at_defaults(rows: Rows) -> Rows:

@@ -195,3 +195,11 @@ def test_gpus_are_those_that_cuda_visible_devices_shows(measure, monkeypatch, tm
     for visible, expected in ((None, ["0", "1", "2"]), ("2,0", ["2", "0"]), ("", []), ("7", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible is not None else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         assert [gpu.index for gpu in machine.gpus()] == expected
+
+
+@pytest.mark.parametrize(("raw", "table"), [("gemm_bench", "gemm"), ("grouped_bench", "grouped")])
+def test_kept_tables_are_those_of_the_kept_figures(measure, raw, table):
+    """Both files of a part are in docs/benchmarks: what stands side by side must follow from the figures."""
+    (change,) = {t.change for part in measure.PARTS for t in part.tables if t.target == f"{table}.csv"}
+    rows, expected = ([*csv.DictReader((measure.RESULTS / f"{name}.csv").read_text().splitlines())] for name in (raw, table))
+    assert rows and change(rows) == expected
