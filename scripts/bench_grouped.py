@@ -47,12 +47,12 @@ SWEEP: dict[str, GroupedConfig] = {
     "128x128 s3 w4 x2": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2),
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
     "128x256 s3 add (wgrad)": replace(WIDE, store="add"),
-    "128x256 s3 bulk (wgrad)": replace(WIDE, fetch="bulk"),
-    "128x256 s3 lines (wgrad)": replace(WIDE, fetch="lines"),
-    "128x256 s4 atomic (wgrad)": replace(WIDE, stages=4, store="atomic"),
-    "128x256 s4 atomic bulk (wgrad)": replace(WIDE, stages=4, store="atomic", fetch="bulk"),
-    "128x256 s4 atomic lines (wgrad)": replace(WIDE, stages=4, store="atomic", fetch="lines"),
-    "128x128 s3 w4 x2 atomic lines (wgrad)": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2, store="atomic", fetch="lines"),
+    "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce"),
+    "128x256 s3 reduce lines (wgrad)": replace(WIDE, store="reduce", fetch="lines"),
+    "128x256 s4 (wgrad)": replace(WIDE, stages=4),
+    "128x256 s4 bulk (wgrad)": replace(WIDE, stages=4, fetch="bulk"),
+    "128x256 s4 lines (wgrad)": replace(WIDE, stages=4, fetch="lines"),
+    "128x128 s3 w4 x2 lines (wgrad)": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2, fetch="lines"),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]
@@ -233,7 +233,7 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
 
     if configs is not None:
         found = {f"{name}, +fp32": lambda i, c=c: ours(i, 0, c) for name, c in configs.items()}
-        return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == "reduce"}
+        return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if not c.fetch and c.store == WIDE.store}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]
     halves = [tuple(torch.randn(c, rows, device="cuda", dtype=torch.bfloat16) for c in (n, k)) for _ in range(SETS)]

@@ -135,7 +135,7 @@ def _tiles_below(bound, PROGRAMS: tl.constexpr):
 def _grouped_wgrad_kernel(
     a_desc,  # [N, rows] FP8
     b_desc,  # [K, rows] FP8
-    out_desc,  # [E * N, K] fp32 or bf16; None when TMA cannot write it
+    out_desc,  # [E * N, K] fp32 or bf16; None when TMA does not write it
     out_ptr,
     table_ptr,  # [E] addresses of the experts' results, used where ORDER is 0
     scale_a_ptr,  # [E, N] fp32
@@ -368,7 +368,7 @@ def grouped_wgrad(
         (programs,),
         matrix_descriptor(a_t.payload, n, rows, (config.block_m, BLOCK_K)),
         matrix_descriptor(b_t.payload, k, rows, (config.block_n, BLOCK_K)),
-        matrix_descriptor(first, experts * n, k, (config.block_m, config.block_n // config.subtiles)) if by_tma else None,
+        matrix_descriptor(first, experts * n, k, (config.block_m, config.block_n // config.subtiles)) if store in ("tma", "reduce") else None,
         first,
         table,
         a_t.scale,

@@ -281,8 +281,8 @@ usual = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GR
 for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma")),
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma")),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="reduce", ACCUMULATE=True)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="atomic", ACCUMULATE=True, out_desc=None)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, out_desc=None)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
