@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import ALLOC, Calls, Table, attribute, copy_calls, data, differences, measure, poisoned, record, rotations, with_per_thread
+from bench_kernels import ALLOC, attribute, data, differences, poisoned, with_per_thread
 from benchmark import write
+from kernel_timing import Calls, Table, copy_calls, measure, record, rotations
 
 from fp8_recipes import from_name, kernels, reference
 from fp8_recipes.formats import FORMATS

@@ -23,7 +23,8 @@ from benchmark import timed, write
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
-from fp8_recipes.kernels.grouped_gemm import SMALL, WIDE, GroupedConfig, grouped_gemm, grouped_wgrad
+from fp8_recipes.kernels.grouped_configs import SMALL, WIDE, GroupedConfig
+from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8_recipes.reference import grouped as reference
 from fp8_recipes.reference.grouped import GroupedTensor
 from fp8_recipes.tensor import ScaledTensor

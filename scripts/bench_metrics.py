@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernels import Calls, Table, attribute, copy_calls, data, measure, record
+from bench_kernels import attribute, data
 from benchmark import write
+from kernel_timing import Calls, Table, copy_calls, measure, record
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.formats import E4M3, E5M2

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_kernels import ALLOC, Calls, Table, attribute, copy_calls, data, differences, measure, poisoned, record
+from bench_kernels import ALLOC, attribute, data, differences, poisoned
 from benchmark import write
+from kernel_timing import Calls, Table, copy_calls, measure, record
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.tensor import ScaledTensor

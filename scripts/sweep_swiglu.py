@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernels import attribute, copy_calls, data, measure
+from bench_kernels import attribute, data
 from benchmark import write
+from kernel_timing import copy_calls, measure
 
 from fp8_recipes import kernels
 from fp8_recipes.tensor import ScaledTensor

@@ -29,7 +29,7 @@ from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, WIDE, GroupedConfig, select_config
+from .grouped_configs import SMALL, GroupedConfig, select_config
 from .launch import launch, matrix_descriptor
 
 
@@ -396,6 +396,3 @@ def grouped_wgrad(
         num_stages=config.stages,
     )
     return out
-
-
-__all__ = ["SMALL", "WIDE", "GroupedConfig", "grouped_gemm", "grouped_wgrad", "select_config"]

@@ -1,8 +1,8 @@
 """The loss of an FP8 LM head: cross-entropy whose gradient is quantised where it is computed, so that the logits' gradient is never written in bf16.
 
 Megatron computes logits and loss in two calls, with an autograd edge of the logits' shape between them. FP8 cannot travel on it: autograd would cast it to the
-logits' dtype, without its scales. So the edge carries a placeholder without memory, and the gradient goes beside it, through the `Edge` that forward made: the
-loss puts it there, the head's backward takes it. If anything else had used the logits, autograd would have added its gradient to the placeholder; `take` sees
+logits' dtype, without its scales. So the edge carries a stand-in without memory, and the gradient goes beside it, through the `Edge` that forward made: the
+loss puts it there, the head's backward takes it. If anything else had used the logits, autograd would have added its gradient to the stand-in; `take` sees
 that and raises. A loss that is not ours (logits changed on the way, gathered, or scaled) puts nothing there, and the head quantises what it is given.
 """
 
@@ -28,7 +28,7 @@ class Edge:
     def __init__(self, recipe: Recipe, group: Any) -> None:
         self.recipe, self.group = recipe, group
         self._gradient: ScaledTensor | None = None
-        self._placeholder: torch.Tensor | None = None
+        self._stand_in: torch.Tensor | None = None
 
     def mark(self, logits: torch.Tensor) -> None:
         """Let the loss find this edge by the logits."""
@@ -40,16 +40,16 @@ class Edge:
 
     def put(self, gradient: ScaledTensor, like: torch.Tensor) -> torch.Tensor:
         """Leave the gradient of the logits [T, V]; what autograd is to carry instead, of the shape and dtype of ``like``."""
-        self._gradient, self._placeholder = gradient, like.new_zeros(())
-        return self._placeholder.expand(like.shape)
+        self._gradient, self._stand_in = gradient, like.new_zeros(())
+        return self._stand_in.expand(like.shape)
 
     def take(self, carried: torch.Tensor) -> ScaledTensor | None:
-        """The gradient that the loss left, once; None if it left none. carried: what autograd brought. RuntimeError if that is more than the placeholder."""
-        gradient, placeholder = self._gradient, self._placeholder
-        self._gradient = self._placeholder = None
-        if gradient is None or placeholder is None:
+        """The gradient that the loss left, once; None if it left none. carried: what autograd brought. RuntimeError if that is more than the stand-in."""
+        gradient, stand_in = self._gradient, self._stand_in
+        self._gradient = self._stand_in = None
+        if gradient is None or stand_in is None:
             return None
-        if carried.data_ptr() != placeholder.data_ptr() or any(carried.stride()):
+        if carried.data_ptr() != stand_in.data_ptr() or any(carried.stride()):
             raise RuntimeError("the logits of an FP8 head were used by more than its loss (an auxiliary loss of the logits?); use head=bf16 for that")
         return gradient
 

@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
 
 from fp8_recipes import reference  # noqa: E402
 from fp8_recipes.formats import E4M3, E5M2, Format  # noqa: E402
-from fp8_recipes.kernels.grouped_gemm import SMALL, WIDE, GroupedConfig, grouped_gemm, grouped_wgrad  # noqa: E402
+from fp8_recipes.kernels.grouped_configs import SMALL, WIDE, GroupedConfig  # noqa: E402
+from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad  # noqa: E402
 from fp8_recipes.reference import grouped  # noqa: E402
 from fp8_recipes.reference.grouped import GroupedTensor  # noqa: E402
 from fp8_recipes.tensor import ScaledTensor  # noqa: E402
@@ -275,7 +276,8 @@ COMPILE = """
 import os, subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fp8_recipes.kernels.grouped_gemm import WIDE as c, _grouped_gemm_kernel, _grouped_wgrad_kernel
+from fp8_recipes.kernels.grouped_configs import WIDE as c
+from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel, _grouped_wgrad_kernel
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 usual = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles)
 for kernel, dtype, constants in (

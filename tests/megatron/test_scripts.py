@@ -193,12 +193,18 @@ exec REAL "$@"
 """
 
 
-@pytest.mark.parametrize("parallel", ["", "2"])
-def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, parallel):
+@pytest.fixture
+def fake(tmp_path):
+    """Path of an interpreter that only pretends to train."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
-    fake = tmp_path / "python3"
-    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
-    fake.chmod(0o755)
+    path = tmp_path / "python3"
+    path.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("parallel", ["", "2"])
+def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, fake, parallel):
     out = tmp_path / "out"
     environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "PARALLEL": parallel}
     result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss:interval=5", **environment)
@@ -211,11 +217,7 @@ def test_loss_script_runs_every_recipe_once_and_writes_the_tables(tmp_path, para
     assert len((out / "bf16.jsonl").read_text().splitlines()) == 3
 
 
-def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
-    fake = tmp_path / "python3"
-    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
-    fake.chmod(0o755)
+def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path, fake):
     out = tmp_path / "out"
     environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "1", "VOCAB": "900"}
     environment |= {"PARALLEL": "2", "CUDA_VISIBLE_DEVICES": "3,1", "MASTER_PORT": "29700"}
@@ -229,11 +231,7 @@ def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path):
     assert refused.returncode == 2 and "PARALLEL=3, but CUDA_VISIBLE_DEVICES=3,1 has 2 GPUs" in refused.stderr
 
 
-def test_loss_script_from_a_common_start(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
-    fake = tmp_path / "python3"
-    fake.write_text(FAKE_PYTHON.replace("REAL", sys.executable))
-    fake.chmod(0o755)
+def test_loss_script_from_a_common_start(tmp_path, fake):
     out = tmp_path / "out"
     environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "1"}
     result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", **environment)
