@@ -69,7 +69,8 @@ class Recipe:
     dense: name of the recipe that every other layer of the model runs; empty = this one.
     attention: "fp8" runs QK^T and PV, forward and backward, in TransformerEngine's FP8 attention (cuDNN) with delayed scaling of Q, K, V, S, O and their
         gradients; E4M3 forward, E5M2 backward. "bf16" leaves attention alone.
-    head: "fp8" runs the products of Megatron's output layer (the LM head) as `head_recipe` says; "bf16" leaves them alone.
+    head: "fp8" runs the products of Megatron's output layer (the LM head) as `head_recipe` says; "bf16" leaves them alone. It speaks of Megatron's GPTModel
+        only: a TransformerEngine or nn model has no layer of that name, and makes its head of what it likes.
     stock: "delayed" leaves the linear layers to TransformerEngine's delayed scaling (of the last 1024 maxima, per tensor), in the formats of `weight` and
         `grad`; empty = this package's quantisation.
     """
@@ -134,8 +135,6 @@ class Recipe:
         if self.head == "fp8" and not self.dense_recipe.quantize:
             value = f"dense={self.dense}" if self.dense else "quantize=false"
             raise RecipeError(f"recipe {self.name!r}: head=fp8 takes the other layers' quantisation, and {value} has none; use moss:head=fp8, or head=bf16")
-        if self.head == "fp8" and self.dense_recipe.weight_cache == "row":
-            raise RecipeError(f"recipe {self.name!r}: weight_cache=row is not kept for the LM head; use weight_cache=ffn or none, or head=bf16")
 
     def _check_moe(self) -> None:
         if self.moe == "flow":
@@ -154,8 +153,9 @@ class Recipe:
 
     @property
     def dense_recipe(self) -> Recipe:
-        """What every layer outside the experts runs, with this recipe's attention, and its interval: one optimizer has one clock for its predicted scales."""
-        return RECIPES[self.dense].with_overrides(interval=self.interval, attention=self.attention) if self.dense else self
+        """What every layer outside the experts and the head runs, with this recipe's attention, and its interval: one optimizer has one clock for its predicted
+        scales."""
+        return replace(RECIPES[self.dense], interval=self.interval, attention=self.attention, head="bf16") if self.dense else self
 
     @property
     def head_recipe(self) -> Recipe | None:
@@ -181,8 +181,11 @@ class Recipe:
         return self.fold == "row"
 
     def with_overrides(self, **overrides: Any) -> Recipe:
-        """A validated copy with some fields changed; values may be strings."""
+        """A validated copy with some fields changed; values may be strings. ``dense="bf16"`` takes the head along, unless ``head`` is given too."""
         typed = {key: _convert(self, key, value) for key, value in overrides.items()}
+        dense = RECIPES.get(typed.get("dense", ""))
+        if dense is not None and not dense.quantize:
+            typed.setdefault("head", "bf16")
         return replace(self, **typed)
 
     def __str__(self) -> str:
@@ -194,8 +197,8 @@ BF16 = Recipe("bf16", quantize=False)
 """No quantisation: the baseline of every comparison."""
 ROW = Recipe("row")
 """One scale per row of x and dy, one measured scale per weight."""
-MOSS = Recipe("moss", activation_granularity="micro", grad_granularity="micro", weight_scale="predicted")
-"""MOSS on Hopper: 1x32 microscaling folded to rows in the quantising kernel, predicted weight scales."""
+MOSS = Recipe("moss", activation_granularity="micro", grad_granularity="micro", weight_scale="predicted", head="fp8")
+"""MOSS on Hopper: 1x32 microscaling folded to rows in the quantising kernel, predicted weight scales; under Megatron the LM head and its loss too."""
 MOSS_EXACT = Recipe(
     "moss_exact",
     activation_granularity="micro",
@@ -210,7 +213,7 @@ TILE = Recipe("tile", activation_granularity="tile", grad_granularity="tile", we
 
 RECIPES.update({r.name: r for r in (MOSS, MOSS_EXACT, TILE, ROW, BF16)})
 
-FP8_FLOW_MOE = Recipe("fp8_flow_moe", weight_scale="predicted", moe="flow", dense="moss")
+FP8_FLOW_MOE = Recipe("fp8_flow_moe", weight_scale="predicted", moe="flow", dense="moss", head="fp8")
 """FP8-Flow-MoE: experts in FP8 from dispatch to combine with two casts per layer and step; every other layer runs MOSS."""
 RECIPES[FP8_FLOW_MOE.name] = FP8_FLOW_MOE
 

@@ -8,7 +8,7 @@
 #
 # Small models scatter by most of a percent from scratch, two bf16 runs included; from a common start a band of 0.25 % can be measured (docs/benchmarks.md).
 # Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Its tokens are bytes, as the models of the loss runs expect;
-# VOCAB=32000: byte pairs, that many, whether made here or in DATA. Writes OUT_DIR/RECIPE.jsonl and .log, then
+# VOCAB=32000: byte pairs, that many, whether made here or in DATA. ROOTS="/usr /opt": text from there instead. Writes OUT_DIR/RECIPE.jsonl and .log, then
 # OUT_DIR/loss.csv, loss_summary.csv and loss.png. A recipe whose RECIPE.jsonl has all STEPS already is not run again. EXTRA: more Megatron flags for every run.
 set -euo pipefail
 
@@ -27,7 +27,8 @@ IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((${parallel:-1} 
 data=${DATA:-}
 if [[ -z "$data" ]]; then
   data="$out/text"
-  [[ -f "$data.idx" ]] || "$python" -m fp8_recipes.data --out "$data" --max-mb "${TEXT_MB:-150}" --vocab "${VOCAB:-257}"
+  read -r -a roots <<<"${ROOTS:+--roots $ROOTS}"
+  [[ -f "$data.idx" ]] || "$python" -m fp8_recipes.data --out "$data" --max-mb "${TEXT_MB:-150}" --vocab "${VOCAB:-257}" "${roots[@]}"
 fi
 read -r -a extra <<<"${EXTRA:-}"
 [[ -z "${VOCAB:-}" ]] || extra=(--vocab-size "$VOCAB" --null-tokenizer-eod-id $((VOCAB - 1)) "${extra[@]}")

@@ -54,8 +54,6 @@ def fp8_linear(
             f"recipe {recipe.name!r}: stock={recipe.stock or '(none)'} and attention={recipe.attention} are TransformerEngine's and Megatron's to run; "
             "in plain torch use a recipe of this package with attention=bf16, for example moss"
         )
-    if recipe.head != "bf16":
-        raise RecipeError(f"recipe {recipe.name!r}: head={recipe.head} is Megatron's to run; use head=bf16, and for the head a Linear with recipe.head_recipe")
     if recipe.weight_cache != "none":
         raise RecipeError(
             f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; "

@@ -30,8 +30,8 @@ def install() -> None:
 def recipe(spec: str | Recipe) -> Any:
     """A TransformerEngine recipe for ``te.autocast(recipe=...)``: ``"moss"``, ``"moss:interval=200"`` or a `Recipe`. The same spec gives the same object.
 
-    Raises RecipeError for "bf16" (leave autocast off instead) and for head=fp8 (TransformerEngine has no LM head), ImportError or RuntimeError when
-    TransformerEngine is missing or of an untested version.
+    `Recipe.head` has no say here: it is about Megatron's output layer. Raises RecipeError for "bf16" (leave autocast off instead), ImportError or RuntimeError
+    when TransformerEngine is missing or of an untested version.
     """
     from .shims import require_transformer_engine
 
