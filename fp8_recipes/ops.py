@@ -136,7 +136,7 @@ def gelu_quantize_saving(h: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Sc
     return _backend(h).gelu_quantize_saving(h, *args, **kwargs)
 
 
-def gelu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.GeluGradients:
+def gelu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.ActivationGradients:
     return _backend(dy).gelu_backward_quantize(dy, *args, **kwargs)
 
 
@@ -148,11 +148,15 @@ def tanh_bound_backward(dy: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) 
     return _backend(x).tanh_bound_backward(dy, x, alpha)
 
 
-def xielu_quantize(h: torch.Tensor, *args: Any, **kwargs: Any) -> ScaledTensor:
+def xielu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).xielu_quantize(h, *args, **kwargs)
 
 
-def xielu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.XieluGradients:
+def xielu_quantize_saving(h: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[ScaledTensor, ScaledTensor]:
+    return _backend(h).xielu_quantize_saving(h, *args, **kwargs)
+
+
+def xielu_backward_quantize(dy: torch.Tensor, *args: Any, **kwargs: Any) -> reference.ActivationGradients:
     return _backend(dy).xielu_backward_quantize(dy, *args, **kwargs)
 
 
@@ -244,4 +248,5 @@ __all__ = [
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",
+    "xielu_quantize_saving",
 ]

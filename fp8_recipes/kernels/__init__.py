@@ -8,7 +8,6 @@ from .cross_entropy import cross_entropy_backward_quantize, softmax_parts
 from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
-from .gelu import gelu_backward_quantize, gelu_quantize, gelu_quantize_saving
 from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
@@ -20,7 +19,14 @@ from .routing import chosen_experts, chosen_experts_backward, copies_of_rows
 from .swiglu import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from .tanh import tanh_bound, tanh_bound_backward
 from .tile_transpose import scaling_aware_transpose
-from .xielu import xielu_backward_quantize, xielu_quantize
+from .ungated import (
+    gelu_backward_quantize,
+    gelu_quantize,
+    gelu_quantize_saving,
+    xielu_backward_quantize,
+    xielu_quantize,
+    xielu_quantize_saving,
+)
 
 __all__ = [
     "chosen_experts",
@@ -59,4 +65,5 @@ __all__ = [
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",
+    "xielu_quantize_saving",
 ]

@@ -1,6 +1,6 @@
 """fc1's output h as the kernels of its activation take it: bf16, or FP8 with one scale per row as an earlier kernel saved it; and how that one saves it.
 
-h has one part (GeLU) or two, side by side (SwiGLU's gate and up). A row of h has one scale over all parts.
+h has one part (GeLU, xIELU) or two, side by side (SwiGLU's gate and up). A row of h has one scale over all parts.
 """
 
 from __future__ import annotations

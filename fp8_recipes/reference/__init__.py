@@ -1,11 +1,11 @@
 """Every operation in plain torch, fp32. The specification: kernels are tested against it, bit for bit where they move or round, in dB where they sum."""
 
-from .activation import rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
+from .activation import ActivationGradients, rmsnorm_quantize, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from .cross_entropy import cross_entropy_backward_quantize, softmax_parts
 from .dispatch import RowLayout, SendMap, combine_sent, copies_of_sent, pack_rows, send_map, unpack_rows
 from .experts import measure_experts, quantize_experts
 from .fold import fold, fold_transpose
-from .gelu import GeluGradients, gelu_backward_quantize, gelu_quantize, gelu_quantize_saving
+from .gelu import gelu_backward_quantize, gelu_quantize, gelu_quantize_saving
 from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .moments import moments
@@ -13,15 +13,14 @@ from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_ma
 from .quantize import dequantize, quantize, quantize_weight
 from .routing import chosen_experts, chosen_experts_backward
 from .tanh import tanh_bound, tanh_bound_backward
-from .xielu import XieluGradients, xielu_backward_quantize, xielu_quantize
+from .xielu import xielu_backward_quantize, xielu_quantize, xielu_quantize_saving
 
 __all__ = [
-    "GeluGradients",
+    "ActivationGradients",
     "GroupedTensor",
     "RowLayout",
     "RowMap",
     "SendMap",
-    "XieluGradients",
     "chosen_experts",
     "chosen_experts_backward",
     "combine_rows",
@@ -61,4 +60,5 @@ __all__ = [
     "unpack_rows",
     "xielu_backward_quantize",
     "xielu_quantize",
+    "xielu_quantize_saving",
 ]

@@ -1,8 +1,8 @@
-"""RMSNorm and SwiGLU with the quantisation behind them: what the fused kernels compute."""
+"""RMSNorm and SwiGLU with the quantisation behind them: what the fused kernels compute; and what all activations share."""
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -25,6 +25,14 @@ def rmsnorm_quantize(
     return quantize(xf * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold), rstd
 
 
+class ActivationGradients(NamedTuple):
+    """h: the quantised gradient, of h's shape; prob: that of prob, fp32 [rows], None without prob; alpha: that of xIELU's [alpha_p, alpha_n], fp32 [2]."""
+
+    h: ScaledTensor
+    prob: torch.Tensor | None
+    alpha: torch.Tensor | None = None
+
+
 def check_prob(prob: torch.Tensor | None, rows: int) -> None:
     """Raise unless ``prob`` is one fp32 number per row, or None."""
     if prob is not None and (prob.shape != (rows,) or prob.dtype != torch.float32 or not prob.is_contiguous()):
@@ -34,7 +42,7 @@ def check_prob(prob: torch.Tensor | None, rows: int) -> None:
 def check_saved(h: ScaledTensor) -> None:
     """Raise unless ``h`` is a saved fc1 output as the saving activations make it: one scale per row."""
     if h.granularity != "row" or h.global_scale is not None:
-        raise ValueError(f"h has {h.granularity} scales; a saved h has one scale per row: make it with swiglu_quantize_saving or gelu_quantize_saving")
+        raise ValueError(f"h has {h.granularity} scales; a saved h has one scale per row: make it with quantize_saving of its activation")
 
 
 def values_of(h: torch.Tensor | ScaledTensor) -> torch.Tensor:
@@ -57,6 +65,12 @@ def check_unsaved(h: torch.Tensor | ScaledTensor) -> None:
     """Raise where ``h`` is FP8 already and is to be saved."""
     if isinstance(h, ScaledTensor):
         raise TypeError("h is a ScaledTensor already; the form that saves h is for a bf16 h, use the one that does not")
+
+
+def check_same(dy: torch.Tensor, h: torch.Tensor | ScaledTensor) -> None:
+    """Raise unless ``dy`` and ``h`` have one shape, as an activation without a gate has them."""
+    if dy.shape != h.shape:
+        raise ValueError(f"h and dy must both be [rows, F]; got h {tuple(h.shape)} and dy {tuple(dy.shape)}")
 
 
 def check_gated(h: torch.Tensor | ScaledTensor) -> None:

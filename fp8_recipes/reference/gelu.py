@@ -8,22 +8,13 @@ The exact form (arXiv 1606.08415), which Megatron-LM computes where linear layer
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from ..formats import E4M3, Format
 from ..tensor import ScaledTensor
-from .activation import check_prob, check_unsaved, values_of
+from .activation import ActivationGradients, check_prob, check_same, check_unsaved, values_of
 from .quantize import quantize
-from .xielu import check_same
-
-
-class GeluGradients(NamedTuple):
-    """h: the quantised gradient [rows, F]; prob: that of prob, fp32 [rows], None without prob."""
-
-    h: ScaledTensor
-    prob: torch.Tensor | None
 
 
 def gelu(h: torch.Tensor | ScaledTensor, prob: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,7 +68,7 @@ def gelu_backward_quantize(
     *,
     fold: str | None = None,
     prob: torch.Tensor | None = None,
-) -> GeluGradients:
+) -> ActivationGradients:
     """Gradients of `gelu_quantize` from dy [rows, F] bf16 and its h: by h quantised, by prob in fp32."""
     q = quantize(gelu_backward(dy, h, prob), granularity, fmt, fold=fold)
-    return GeluGradients(q, None if prob is None else gelu_prob_gradient(dy, h))
+    return ActivationGradients(q, None if prob is None else gelu_prob_gradient(dy, h))

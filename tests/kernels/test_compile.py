@@ -45,10 +45,9 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
         row = {**row, "PROB": prob}
         found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": False}, {}, 6))
         found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
-        found.append(("xielu", "_xielu_quantize_kernel", row, {}, 3))
-        found.append(("xielu", "_xielu_backward_quantize_kernel", row, {}, 6))
-        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "", "SAVE": False}, {}, 3))
-        found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
+        for xielu in (False, True):
+            found.append(("ungated", "_ungated_quantize_kernel", {**row, "XIELU": xielu, "H": "", "SAVE": False}, {}, 3))
+            found.append(("ungated", "_ungated_backward_quantize_kernel", {**row, "XIELU": xielu, "SOURCE": False, "H": ""}, {}, 6))
     for e5m2 in (False, True):
         for group, source in ((0, "*fp32"), (32, "*u8")):
             for tr, warps in ((128, 4), (256, 8)):
@@ -86,7 +85,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
 
 
 def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
-    """Weights through the table of addresses; SwiGLU and GeLU that save h in FP8, and from the saved h, at the widths of experts."""
+    """Weights through the table of addresses; SwiGLU, GeLU and xIELU that save h in FP8, and from the saved h, at the widths of experts."""
     found: list[tuple[str, str, dict, dict, int]] = []
     fp8 = {"h_ptr": "*u8"}
     for e5m2 in (False, True):
@@ -101,10 +100,11 @@ def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
         found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 2))
         found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 4))
     for e5m2, cols in ((False, 1152), (True, 2112), (True, 3072)):
-        row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, "E5M2": e5m2}
-        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "", "SAVE": True}, {}, 2))
-        found.append(("gelu", "_gelu_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 1))
-        found.append(("gelu", "_gelu_backward_quantize_kernel", {**row, "H": "e4m3"}, fp8, 3))
+        for xielu in (False, True):
+            row = {"cols_for_plan": cols, "PROB": True, "LOCAL": "row", "FOLD": False, "E5M2": e5m2, "XIELU": xielu}
+            found.append(("ungated", "_ungated_quantize_kernel", {**row, "H": "", "SAVE": True}, {}, 2))
+            found.append(("ungated", "_ungated_quantize_kernel", {**row, "H": "e5m2" if e5m2 else "e4m3", "SAVE": False}, fp8, 1))
+            found.append(("ungated", "_ungated_backward_quantize_kernel", {**row, "SOURCE": True, "H": "e4m3"}, {**fp8, "source_ptr": "*i32"}, 3))
     found.append(("experts", "_measure_experts_kernel", {"BLOCK": 4096, "ALIGNED": True}, {"partial_ptr": "*fp32"}, 4))
     return found
 

@@ -8,7 +8,7 @@ from assertions import assert_bitwise, assert_quantized
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
-from fp8_recipes.kernels import rows, xielu_backward_quantize, xielu_quantize
+from fp8_recipes.kernels import rows, xielu_backward_quantize, xielu_quantize, xielu_quantize_saving
 
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
 SHAPES = [(2, 128), (3, 832), (2, 100), (2, 96)]  # rows, F
@@ -83,6 +83,47 @@ def test_prob_of_one_changes_nothing(device):
     assert_bitwise(one.alpha, none.alpha)
 
 
+SAVED = [(shape, "row", None, FORMATS["e4m3"]) for shape in SHAPES]
+SAVED += [((3, 832), "row", None, FORMATS["e5m2"]), ((5, 128), "micro", "row", FORMATS["e5m2"]), ((5, 128), "tile", None, FORMATS["e4m3"])]
+SAVED += [((5, 128), "tensor", None, FORMATS["e4m3"])]
+
+
+@pytest.mark.parametrize(("shape", "granularity", "fold", "fmt"), SAVED, ids=str)
+def test_saved_h(device, shape, granularity, fold, fmt):
+    """The same read also gives h in FP8, bit for bit; what is computed from that is the reference's result of the same bytes."""
+    dy, h, alpha = inputs(*shape, device)
+    prob = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
+    q, saved = xielu_quantize_saving(h, alpha, granularity, fmt, fold=fold, prob=prob)
+    assert_bitwise(saved, reference.xielu_quantize_saving(h, alpha, granularity, fmt, fold=fold, prob=prob)[1])
+    assert_bitwise(q, xielu_quantize(h, alpha, granularity, fmt, fold=fold, prob=prob), "the activation without saving")
+    y, dh, dalpha, size = truth(dy, reference.dequantize(saved), alpha, prob)
+    again = xielu_quantize(saved, alpha, granularity, fmt, fold=fold, prob=prob)
+    assert_quantized(again, reference.xielu_quantize(saved, alpha, granularity, fmt, fold=fold, prob=prob), y)
+    actual = xielu_backward_quantize(dy, saved, alpha, granularity, fmt, fold=fold, prob=prob)
+    assert_quantized(actual.h, reference.xielu_backward_quantize(dy, saved, alpha, granularity, fmt, fold=fold, prob=prob).h, dh)
+    check_alpha(actual.alpha, dalpha, size)
+    terms = dy.double() * truth(dy, reference.dequantize(saved), alpha)[0]
+    assert ((actual.prob.double() - terms.sum(1)).abs() <= 4e-6 * terms.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize(("granularity", "fold"), [("row", None), ("micro", "row"), ("tensor", None)])
+def test_rows_that_hold_nothing_add_nothing_to_the_alphas(device, granularity, fold):
+    """Behind the groups in use a grouped buffer holds what was in memory: NaN here. Its rows count for no sum; the others' bits do not move."""
+    dy, h, alpha = inputs(6, 256, device)
+    prob = torch.rand(6, generator=torch.Generator().manual_seed(1)).to(device)
+    source = torch.tensor([3, 0, -1, 7, -1, -1], dtype=torch.int32, device=device)
+    zeros = [t.clone() for t in (dy, h, prob)]
+    for t, garbage in zip((dy, h, prob), zeros, strict=True):
+        t[source < 0], garbage[source < 0] = torch.nan, 0
+    how = {"granularity": granularity, "fold": fold}
+    actual = xielu_backward_quantize(dy, h, alpha, prob=prob, source=source, **how)
+    expected = xielu_backward_quantize(*zeros[:2], alpha, prob=zeros[2], **how)
+    assert_bitwise(actual.alpha, expected.alpha)
+    check_alpha(actual.alpha, *truth(*zeros[:2], alpha, zeros[2])[2:])
+    check_alpha(reference.xielu_backward_quantize(dy, h, alpha, prob=prob, source=source, **how).alpha, *truth(*zeros[:2], alpha, zeros[2])[2:])
+    assert torch.equal(actual.prob[source >= 0], expected.prob[source >= 0])
+
+
 def test_alphas_at_zero_and_far_from_the_start(device):
     """alpha_n below 1/2 makes the left side rise, alpha_p = 0 leaves x / 2 on the right."""
     dy, h, _ = inputs(3, 256, device)
@@ -104,6 +145,12 @@ def test_rows_too_wide_for_registers(device, monkeypatch):
     actual = xielu_backward_quantize(dy, h, alpha)
     assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha).h, dh)
     check_alpha(actual.alpha, dalpha, size)
+    q, saved = xielu_quantize_saving(h, alpha)
+    assert_bitwise(saved, reference.xielu_quantize_saving(h, alpha)[1])
+    assert_quantized(q, reference.xielu_quantize(h, alpha), y)
+    y, dh, dalpha, size = truth(dy, reference.dequantize(saved), alpha)
+    assert_quantized(xielu_quantize(saved, alpha), reference.xielu_quantize(saved, alpha), y)
+    check_alpha(xielu_backward_quantize(dy, saved, alpha).alpha, dalpha, size)
 
 
 def test_bad_elements_stay_alone(device):
@@ -131,6 +178,13 @@ def test_bad_input(device):
         xielu_quantize(h[:0], alpha)
     with pytest.raises(ValueError, match="empty"):
         xielu_backward_quantize(dy[:0], h[:0], alpha)
+    for module in (xielu_backward_quantize, reference.xielu_backward_quantize):
+        with pytest.raises(ValueError, match=r"source must be contiguous int32 \(4,\), one number per row of h; got torch.int64"):
+            module(dy, h, alpha, source=torch.zeros(4, dtype=torch.int64, device=device))
+    _, saved = xielu_quantize_saving(h, alpha)
+    for module in (xielu_quantize_saving, reference.xielu_quantize_saving):
+        with pytest.raises(TypeError, match="h is a ScaledTensor already; the form that saves h is for a bf16 h"):
+            module(saved, alpha)
 
 
 @pytest.mark.gpu
@@ -148,3 +202,10 @@ def test_real_sizes(device, shape, granularity, fold):
             assert_quantized(actual.h, reference.xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options).h, dh)
             check_alpha(actual.alpha, dalpha, size)
             assert_bitwise(xielu_backward_quantize(dy, h, alpha, granularity, fmt, **options).alpha, actual.alpha)
+            q, saved = xielu_quantize_saving(h, alpha, granularity, fmt, **options)
+            assert_bitwise(saved, reference.xielu_quantize_saving(h, alpha, granularity, fmt, **options)[1])
+            assert_bitwise(q, xielu_quantize(h, alpha, granularity, fmt, **options), "the activation without saving")
+            _, dh, dalpha, size = truth(dy, reference.dequantize(saved), alpha, p)
+            actual = xielu_backward_quantize(dy, saved, alpha, granularity, fmt, **options)
+            assert_quantized(actual.h, reference.xielu_backward_quantize(dy, saved, alpha, granularity, fmt, **options).h, dh)
+            check_alpha(actual.alpha, dalpha, size)

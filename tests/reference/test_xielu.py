@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8_recipes.formats import E4M3, E5M2
-from fp8_recipes.reference import dequantize, quantize, xielu_backward_quantize, xielu_quantize
+from fp8_recipes.reference import dequantize, quantize, xielu_backward_quantize, xielu_quantize, xielu_quantize_saving
 from fp8_recipes.reference.xielu import xielu, xielu_alpha_gradient, xielu_backward, xielu_prob_gradient
 
 ROWS, FFN = 19, 150
@@ -102,9 +102,35 @@ def test_fused_results_are_the_quantised_fp32_values(granularity: str, fold: str
         assert torch.equal(q.payload.view(torch.uint8), expected.payload.view(torch.uint8))
         assert torch.equal(q.scale, expected.scale)
         assert q.granularity == (fold or granularity) and q.format is fmt
-    assert torch.equal(got.alpha, xielu_alpha_gradient(dy, h, prob)) and got.prob is not None
+    assert got.alpha is not None and got.prob is not None
+    assert torch.equal(got.alpha, xielu_alpha_gradient(dy, h, prob))
     assert torch.equal(got.prob, xielu_prob_gradient(dy, h, alpha))
     assert xielu_backward_quantize(dy, h, alpha, granularity, fmt, fold=fold).prob is None
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
+def test_saved_h_is_h_in_fp8_and_stands_for_it(fmt) -> None:
+    alpha, h, dy, prob = alpha_of(0.8, 0.9), normal(ROWS, FFN, 6, scale=3), normal(ROWS, FFN, 7), torch.linspace(0, 1, ROWS)
+    q, saved = xielu_quantize_saving(h, alpha, "micro", fmt, fold="row", prob=prob)
+    alone, whole = xielu_quantize(h, alpha, "micro", fmt, fold="row", prob=prob), quantize(h, "row", fmt)
+    assert torch.equal(q.payload.view(torch.uint8), alone.payload.view(torch.uint8)) and torch.equal(q.scale, alone.scale)
+    assert torch.equal(saved.payload.view(torch.uint8), whole.payload.view(torch.uint8)) and torch.equal(saved.scale, whole.scale)
+    assert saved.tile_exponent is None and saved.format is fmt
+    values = dequantize(saved).bfloat16()  # exact: an FP8 value times a power of two
+    assert torch.equal(xielu(saved, alpha, prob), xielu(values, alpha, prob))
+    got, want = (xielu_backward_quantize(dy, x, alpha, prob=prob) for x in (saved, values))
+    assert torch.equal(got.h.payload.view(torch.uint8), want.h.payload.view(torch.uint8)) and torch.equal(got.h.scale, want.h.scale)
+    assert torch.equal(got.alpha, want.alpha) and torch.equal(got.prob, want.prob)  # type: ignore[arg-type]
+
+
+def test_rows_that_hold_nothing_add_nothing_to_the_alphas() -> None:
+    alpha, h, dy, prob = alpha_of(0.8, 0.9), normal(4, 64, 10), normal(4, 64, 11), torch.ones(4)
+    source = torch.tensor([5, -1, 0, -1], dtype=torch.int32)
+    used = source >= 0
+    expected = xielu_alpha_gradient(dy[used], h[used], prob[used])
+    h[1], dy[3] = torch.nan, torch.inf
+    assert torch.equal(xielu_backward_quantize(dy, h, alpha, prob=prob, source=source).alpha, expected)  # type: ignore[arg-type]
+    assert not xielu_backward_quantize(dy, h, alpha, prob=prob).alpha.isfinite().any()  # type: ignore[union-attr]
 
 
 def test_nan_stays_in_its_element_and_shows_in_the_alphas() -> None:
@@ -115,7 +141,7 @@ def test_nan_stays_in_its_element_and_shows_in_the_alphas() -> None:
     expected = torch.zeros_like(y, dtype=torch.bool)
     expected[2, 5] = expected[3, 7] = True
     assert torch.equal(y.isnan(), expected) and torch.equal(dh.isnan(), expected)
-    assert not gradients.alpha.isfinite().any()
+    assert gradients.alpha is not None and not gradients.alpha.isfinite().any()
 
 
 def test_padding_rows_are_zero() -> None:
