@@ -41,7 +41,7 @@ def main(rank: int, directory: Path, modes: list[str]) -> None:
     torch.set_num_threads(1)
     for mode in modes:
         models.initialise(rank, 2, str(directory / f"store-{mode}"), tensor_parallel=2)
-        model = build("moss:head=fp8", tensor_model_parallel_size=2, sequence_parallel=mode == "sp")
+        model = build("moss", tensor_model_parallel_size=2, sequence_parallel=mode == "sp")
         load(model, torch.load(directory / "whole.pt"), rank, gated=True)
         torch.save(step(model), directory / f"{mode}-{rank}.pt")
         models.finish()

@@ -36,22 +36,35 @@ def test_what_the_named_recipes_are() -> None:
 
 
 def test_dense_recipe_shares_the_clock() -> None:
-    assert from_name("fp8_flow_moe").dense_recipe == RECIPES["moss"]
-    assert from_name("fp8_flow_moe:interval=7").dense_recipe == from_name("moss:interval=7")
+    layers = from_name("moss:head=bf16")  # the head is none of the other layers
+    assert from_name("fp8_flow_moe").dense_recipe == layers
+    assert from_name("fp8_flow_moe:interval=7").dense_recipe == from_name("moss:head=bf16,interval=7")
     assert from_name("fp8_flow_moe:dense=bf16").dense_recipe.quantize is False
-    assert from_name("fp8_flow_moe:weight_cache=ffn").dense_recipe == RECIPES["moss"], "it speaks of the experts"
+    assert from_name("fp8_flow_moe:weight_cache=ffn").dense_recipe == layers, "it speaks of the experts"
     alone = from_name("fp8_flow_moe:dense=")
     assert alone.dense_recipe is alone
 
 
 def test_head_runs_what_the_other_layers_run_with_e5m2_gradients() -> None:
-    assert all(recipe.head_recipe is None for recipe in RECIPES.values())
-    assert from_name("moss:head=fp8,interval=7").head_recipe == from_name("moss:interval=7,grad=e5m2")
-    assert from_name("fp8_flow_moe:head=fp8,interval=7,weight_cache=row").head_recipe == from_name("moss:interval=7,grad=e5m2")
-    assert from_name("moss:head=fp8,weight_cache=ffn").head_recipe == from_name("moss:grad=e5m2"), "the head keeps nothing"
-    assert from_name("fp8_flow_moe:head=fp8,dense=row").head_recipe == from_name("row:grad=e5m2")
-    assert from_name("moss:attention=fp8,head=fp8").attention == "fp8"
-    assert from_name("fp8_flow_moe:attention=fp8").dense_recipe == from_name("moss:attention=fp8")
+    moss = from_name("moss:head=bf16,grad=e5m2")
+    assert {name: recipe.head_recipe for name, recipe in RECIPES.items() if recipe.head_recipe} == {"moss": moss, "fp8_flow_moe": moss}
+    assert from_name("moss:interval=7").head_recipe == dataclasses.replace(moss, interval=7)
+    assert from_name("fp8_flow_moe:interval=7,weight_cache=row").head_recipe == dataclasses.replace(moss, interval=7)
+    assert from_name("moss:weight_cache=row").head_recipe == moss, "the head keeps nothing"
+    assert from_name("fp8_flow_moe:dense=row").head_recipe == from_name("row:head=fp8").head_recipe == from_name("row:grad=e5m2")
+    assert from_name("moss:attention=fp8").head_recipe == dataclasses.replace(moss, attention="fp8")
+    assert from_name("fp8_flow_moe:attention=fp8").dense_recipe == from_name("moss:attention=fp8,head=bf16")
+    assert from_name("moss:head=bf16").head_recipe is from_name("fp8_flow_moe:head=bf16").head_recipe is None
+
+
+def test_other_layers_in_bf16_take_the_head_along(tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="pyyaml is needed to read recipes from files")
+    alone = from_name("fp8_flow_moe:dense=bf16")
+    assert (alone.head, alone.head_recipe, alone.moe) == ("bf16", None, "flow")
+    assert from_name("fp8_flow_moe:dense=bf16,head=bf16") == alone == from_name("fp8_flow_moe").with_overrides(dense="bf16")
+    assert from_yaml(write(tmp_path / "mine.yaml", "base: fp8_flow_moe\ndense: bf16\nname: fp8_flow_moe\n")) == alone
+    assert from_yaml(write(tmp_path / "flow.yaml", "base: fp8_flow_moe\n"), "dense=bf16") == alone
+    assert from_name("fp8_flow_moe:dense=tile").head == "fp8", "other layers in FP8 leave it where it is"
 
 
 def test_overrides_are_typed() -> None:
@@ -100,9 +113,9 @@ def test_overrides_are_typed() -> None:
         ("fog:interval=200", r"interval=200 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
         ("moss:head=fp16", r"head='fp16' is not one of bf16, fp8 \(did you mean"),
         ("bf16:head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use moss:head=fp8, or head=bf16"),
-        ("fp8_flow_moe:dense=bf16,head=fp8", r"head=fp8 takes the other layers' quantisation, and dense=bf16 has none"),
+        ("fp8_flow_moe:dense=bf16,head=fp8", r"head=fp8 takes the other layers' quantisation, and dense=bf16 has none; use .* or head=bf16"),
+        ("moss:quantize=false", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use .* or head=bf16"),
         ("fog:head=fp8", r"head=fp8 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
-        ("moss:head=fp8,weight_cache=row", r"weight_cache=row is not kept for the LM head; use weight_cache=ffn or none, or head=bf16"),
         ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
         ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),
         ("tile:weight_scale=predicted", r"weight_scale=predicted gives one scale per tensor; use weight_granularity=tensor"),

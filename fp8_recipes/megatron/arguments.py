@@ -134,7 +134,7 @@ def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str
     if args.fp8 is None:
         args.fp8 = "e4m3"
     elif args.fp8 == "hybrid" and "grad=" not in spec and resolve(spec).grad != "e5m2":
-        args.fp8_recipe = _with_override(spec, "grad=e5m2")
+        args.fp8_recipe = with_override(spec, "grad", "e5m2")
         where = "experts' gradients" if resolve(spec).dense else "gradients"
         return [f"--fp8-format hybrid: {where} in E5M2 ({args.fp8_recipe}); leave the flag out for this recipe's own formats"]
     return []
@@ -161,7 +161,7 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
         ),
         (args.fp8_param_gather, "--fp8-param-gather: parameters stay bf16 here (FP8 copies of weights are transient); drop the flag"),
         (getattr(args, "fp4", None) is not None, f"--fp4-format {getattr(args, 'fp4', None)}: exclusive with an FP8 recipe; drop one of them"),
-        (getattr(args, "fp8_output_proj", False), f"--fp8-output-proj: Megatron's, for mxfp8; drop it and use --fp8-recipe {_with_override(spec, 'head=fp8')}"),
+        (getattr(args, "fp8_output_proj", False), f"--fp8-output-proj: Megatron's, for mxfp8; drop it{_head_in_fp8(spec)}"),
         (not getattr(args, "fp8_wgrad", True), f"--no-fp8-wgrad: an option of delayed scaling; {spec} has no bf16 wgrad. Drop the flag"),
         (getattr(args, "fp8_quantizer_factory", None) is not None, f"--fp8-quantizer-factory: belongs to --fp8-recipe custom, not to {spec}; drop one of them"),
         (args.tp_comm_overlap, "--tp-comm-overlap: TransformerEngine's userbuffers take no custom quantizers; drop the flag"),
@@ -185,22 +185,37 @@ def _refused_flags(args: argparse.Namespace) -> list[str]:
     return [message for wrong, message in rules if wrong]
 
 
+def _head_in_fp8(spec: str) -> str:
+    """How the LM head runs in FP8 under this specification, to follow "drop the flag"."""
+    if resolve(spec).head_recipe is not None:
+        return f" ({spec} runs the LM head in FP8 already)"
+    return f" and use --fp8-recipe {with_override(spec, 'head', 'fp8')}" if resolve(spec).dense_recipe.quantize else ""
+
+
+def head_in_bf16(spec: str) -> str:
+    """The way out of what an LM head in FP8 cannot do, for users who never asked for one."""
+    return f"{spec} runs the LM head in FP8 too: use --fp8-recipe {with_override(spec, 'head', 'bf16')} to leave it in bf16"
+
+
 def _refused_head(args: argparse.Namespace) -> list[str]:
     """Problems of an LM head in FP8 (`head`)."""
     if resolve(args.fp8_recipe).head_recipe is None:
         return []
-    rows = vocabulary_rows(args)
+    rows, out = vocabulary_rows(args), head_in_bf16(args.fp8_recipe)
     rules = [
         (
             getattr(args, "defer_embedding_wgrad_compute", False),
-            "--defer-embedding-wgrad-compute: it keeps the head's operands in bf16 for a later product; drop the flag, or use head=bf16",
+            f"--defer-embedding-wgrad-compute: it keeps the LM head's operands in bf16 for a later product. Drop the flag, or: {out}",
         ),
-        (args.mtp_num_layers, f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction shares the head, which was not tried in FP8; use head=bf16"),
-        (getattr(args, "hybrid_layer_pattern", None), "--hybrid-layer-pattern: head=fp8 is for Megatron's GPTModel; use head=bf16"),
+        (args.mtp_num_layers, f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction shares the LM head, which was not tried in FP8. {out}"),
+        (
+            getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None),
+            f"--hybrid-layer-pattern: the LM head runs in FP8 in Megatron's GPTModel only. {out}",
+        ),
         (
             rows is not None and rows % ALIGNMENT,
-            f"{rows} rows of the vocabulary on each of {args.tensor_model_parallel_size} ranks: the head's FP8 products need a multiple of {ALIGNMENT}; "
-            f"use --make-vocab-size-divisible-by {ALIGNMENT} or a multiple of it, or head=bf16",
+            f"{rows} rows of the vocabulary on each of {args.tensor_model_parallel_size} ranks: the LM head's FP8 products need a multiple of {ALIGNMENT}. "
+            f"Use --make-vocab-size-divisible-by {ALIGNMENT} or a multiple of it, or: {out}",
         ),
     ]
     return [message for wrong, message in rules if wrong]
@@ -216,8 +231,11 @@ def vocabulary_rows(args: argparse.Namespace) -> int | None:
     return None if padded is None else padded // tp
 
 
-def _with_override(spec: str, override: str) -> str:
-    return f"{spec}{',' if ':' in spec else ':'}{override}"
+def with_override(spec: str, key: str, value: str) -> str:
+    """The specification with one field set to another value."""
+    name, _, overrides = spec.partition(":")
+    kept = [item for item in overrides.split(",") if item.strip() and item.partition("=")[0].strip() != key]
+    return f"{name}:{','.join([*kept, f'{key}={value}'])}"
 
 
 def _refused_optimizer(args: argparse.Namespace) -> list[str]:
@@ -227,7 +245,7 @@ def _refused_optimizer(args: argparse.Namespace) -> list[str]:
     try:
         adam_update_bound(args.adam_beta1, args.adam_beta2)
     except ValueError as error:
-        return [f"--adam-beta1 {args.adam_beta1} --adam-beta2 {args.adam_beta2}: {error}: {_with_override(args.fp8_recipe, 'weight_scale=measured')}"]
+        return [f"--adam-beta1 {args.adam_beta1} --adam-beta2 {args.adam_beta2}: {error}: {with_override(args.fp8_recipe, 'weight_scale', 'measured')}"]
     return []
 
 

@@ -60,7 +60,7 @@ def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str
         return _checked(args, "delayed")
     if asked and arguments.resolve(str(spec)).attention != "fp8":
         try:
-            args.fp8_recipe = f"{spec}{',' if ':' in spec else ':'}attention=fp8"
+            args.fp8_recipe = arguments.with_override(str(spec), "attention", "fp8")
             arguments.resolve(args.fp8_recipe)
         except RecipeError as error:
             raise RecipeError(f"--fp8-attention with --fp8-recipe {spec}: {error}") from None

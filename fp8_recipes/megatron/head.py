@@ -68,7 +68,7 @@ def install(model: Any) -> None:
         return
     problem = _problem(layer, recipe)
     if problem:
-        raise RecipeError(f"--fp8-recipe {spec}: {problem}, or head=bf16")
+        raise RecipeError(f"--fp8-recipe {spec}: {problem}, or: {arguments.head_in_bf16(str(spec))}")
     layer.__class__ = OutputLayer
     layer.recipe, layer.fp8_observer = recipe, None
     model.compute_language_model_loss = head_loss.fused(model.compute_language_model_loss)
@@ -77,18 +77,21 @@ def install(model: Any) -> None:
 def _problem(layer: Any, recipe: Recipe) -> str | None:
     rows, ranks = layer.output_size_per_partition, layer.output_size // layer.output_size_per_partition
     checks = (
-        (type(layer) is ColumnParallelLinear, f"head=fp8 is for Megatron's ColumnParallelLinear, and this output layer is a {type(layer).__name__}; use that"),
-        (layer.bias is None, "head=fp8 has no bias, and this model's output layer has one; build it without"),
-        (layer.gtp_remat_size == 1, "head=fp8 needs each rank to hold its rows of the vocabulary whole; use no generalized tensor parallelism"),
+        (
+            type(layer) is ColumnParallelLinear,
+            f"the LM head in FP8 is Megatron's ColumnParallelLinear, and this model's output layer is a {type(layer).__name__}; use the former",
+        ),
+        (layer.bias is None, "the LM head in FP8 has no bias, and this model's output layer has one; build it without"),
+        (layer.gtp_remat_size == 1, "the LM head in FP8 needs each rank to hold its rows of the vocabulary whole; use no generalized tensor parallelism"),
         (
             rows % products.ALIGNMENT == 0,
-            f"head=fp8 needs a multiple of {products.ALIGNMENT} rows of the vocabulary on each rank, and {layer.output_size} rows on {ranks} ranks are {rows}; "
-            f"use --make-vocab-size-divisible-by {products.ALIGNMENT} or a multiple of it",
+            f"the LM head in FP8 needs a multiple of {products.ALIGNMENT} rows of the vocabulary on each rank, and {layer.output_size} rows on {ranks} ranks "
+            f"are {rows}; use --make-vocab-size-divisible-by {products.ALIGNMENT} or a multiple of it",
         ),
         (
             recipe.global_scale == "unit" or not layer.sequence_parallel,
-            f"head=fp8 with --sequence-parallel quantises each rank's tokens by themselves, and global_scale={recipe.global_scale} is one scale for all; "
-            "use global_scale=unit",
+            f"the LM head in FP8 with --sequence-parallel quantises each rank's tokens by themselves, and global_scale={recipe.global_scale} is one scale for "
+            "all; use global_scale=unit",
         ),
     )
     return next((reason for ok, reason in checks if not ok), None)
@@ -106,14 +109,17 @@ def predicted_weights(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Paramet
 
 
 def check(args: Any, chunks: list[torch.nn.Module]) -> None:
-    """Raise RecipeError where head=fp8 was asked for and a model's output layer stayed in bf16, because the model is no GPTModel or was built before."""
+    """Raise RecipeError where the recipe has head=fp8 and a model's output layer stayed in bf16, because the model is no GPTModel or was built before."""
     spec = arguments.in_force(args)
     if spec is None or arguments.resolve(spec).head_recipe is None:
         return
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if path.split(".")[-1] == "output_layer" and not isinstance(module, OutputLayer):
-                raise RecipeError(f"--fp8-recipe {spec}: head=fp8 did not reach {path} ({type(module).__name__}); it is for Megatron's GPTModel. Use head=bf16")
+                raise RecipeError(
+                    f"--fp8-recipe {spec}: {path} ({type(module).__name__}) would stay in bf16; the LM head runs in FP8 in Megatron's GPTModel only, built "
+                    f"after fp8_recipes was imported. {arguments.head_in_bf16(spec)}"
+                )
 
 
 @dataclass(frozen=True)

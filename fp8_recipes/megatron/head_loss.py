@@ -50,7 +50,10 @@ class Edge:
         if gradient is None or stand_in is None:
             return None
         if carried.data_ptr() != stand_in.data_ptr() or any(carried.stride()):
-            raise RuntimeError("the logits of an FP8 head were used by more than its loss (an auxiliary loss of the logits?); use head=bf16 for that")
+            raise RuntimeError(
+                "the logits of an LM head in FP8 were used by more than its loss (an auxiliary loss of the logits?); for that leave the head in bf16: "
+                "add head=bf16 to the recipe, as in --fp8-recipe moss:head=bf16"
+            )
         return gradient
 
 

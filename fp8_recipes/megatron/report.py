@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
         title += f"\n  {architecture}"
     if arguments.in_force(args):
         recipe = arguments.resolve(spec)
-        title += f"\n  {recipe}" + (f"\n  other layers: {recipe.dense_recipe}" if recipe.dense else "")
+        title += f"\n  {recipe}" + (f"\n  other layers: {replace(recipe.dense_recipe, head=recipe.head)}" if recipe.dense else "")
     body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
     widths = [max(len(row[column]) for row in body) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]

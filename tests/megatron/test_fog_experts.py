@@ -136,12 +136,14 @@ def test_reports_of_real_models_say_what_runs(plain):
         "decoder.layers.*.mlp_bda.post 1-4 256 bf16 (norm)",
         f"MoE layers 2-4: {flow}",
         "4 MLPs: in FP8 layers fc1, activation and fc2 as one function",
-        "TRACKED 64",  # 4 attentions, 1 dense FFN and 3 shared ones of 2 linears each, 3 layers of 8 experts with 2
+        "output_layer - 256x256 FP8 moss, dy e5m2",
+        "TRACKED 65",  # 4 attentions, 1 dense FFN and 3 shared ones of 2 linears each, 3 layers of 8 experts with 2, the head
     ):
         assert expected in lines, expected
     assert lines[1].startswith("fog-flash(pre_norm=false") and lines[2].startswith("fp8_flow_moe(") and lines[3].startswith("other layers: moss(")
     assert not any("pre_mlp_layernorm" in line or "input_layernorm" in line or "final_layernorm" in line for line in lines + alone)
     assert f"MoE layers 1-4: {flow}" in alone and "decoder.layers.*.self_attention.linear_qkv 1-4 768x256 bf16" in alone
+    assert "output_layer - 256x256 bf16" in alone
 
 
 @pytest.mark.parametrize(

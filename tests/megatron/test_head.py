@@ -38,8 +38,8 @@ def groups():
 
 @pytest.fixture
 def layer(groups):
-    """layer("moss:head=fp8") -> the output layer of a GPTModel of `V` tokens and `H` features."""
-    return lambda recipe="moss:head=fp8", **changes: head_worker.build(recipe, vocab=V, **changes).output_layer
+    """layer("moss") -> the output layer of a GPTModel of `V` tokens and `H` features."""
+    return lambda recipe="moss", **changes: head_worker.build(recipe, vocab=V, **changes).output_layer
 
 
 def snr(value, truth):
@@ -67,7 +67,7 @@ class TestValues:
 
     def test_products_of_the_operands_that_the_recipe_says(self, layer):
         """Against float64 products of the same FP8 values: what is left is the sums' own rounding to fp32."""
-        recipe, head = from_name("moss:head=fp8").head_recipe, layer()
+        recipe, head = from_name("moss").head_recipe, layer()
         x, dlogits = (t.detach().float() for t in operands())
         x.requires_grad_()
         logits, _ = head(x)
@@ -157,7 +157,7 @@ class TestMainGrad:
 
 class TestModel:
     def test_same_parameters_and_checkpoint_as_in_bf16(self, groups):
-        eight, sixteen = head_worker.build("moss:head=fp8"), head_worker.build("moss")
+        eight, sixteen = head_worker.build("moss"), head_worker.build("moss:head=bf16")
         assert [n for n, _ in eight.named_parameters()] == [n for n, _ in sixteen.named_parameters()]
         assert list(eight.state_dict()) == list(sixteen.state_dict())
         assert list(eight.sharded_state_dict()) == list(sixteen.sharded_state_dict())
@@ -166,7 +166,7 @@ class TestModel:
     def test_patch_and_shim_together_install_it_once(self, groups):
         from fp8_recipes.megatron import head
 
-        model = head_worker.build("moss:head=fp8")
+        model = head_worker.build("moss")
         layer, recipe = model.output_layer, model.output_layer.recipe
         model.config.fp8 = "e4m3"
         head.install(model)
@@ -175,11 +175,11 @@ class TestModel:
     @pytest.mark.parametrize("tied", [False, True])
     def test_loss_and_every_gradient_near_those_of_bf16(self, groups, tied):
         torch.manual_seed(1)
-        reference = head_worker.build("moss", tied=tied)
+        reference = head_worker.build("moss:head=bf16", tied=tied)
         with torch.no_grad():
             for parameter in reference.parameters():
                 parameter.mul_(3 if parameter.dim() == 2 else 1)
-        model = head_worker.build("moss:head=fp8", tied=tied)
+        model = head_worker.build("moss", tied=tied)
         model.load_state_dict(reference.state_dict())
         found, expected = head_worker.step(model), head_worker.step(reference)
         assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=5e-3) and found["loss"] != expected["loss"]
@@ -189,7 +189,7 @@ class TestModel:
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_weight_under_automatic_scaling(self, groups, tied):
-        model = head_worker.build("moss:head=fp8", tied=tied)
+        model = head_worker.build("moss", tied=tied)
         weight = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         assert [name for name, p in model.named_parameters() if hasattr(p, ATTRIBUTE)] == [
             "embedding.word_embeddings.weight" if tied else "output_layer.weight"
@@ -202,14 +202,14 @@ class TestModel:
         from fp8_recipes.megatron import head
 
         assert not list(head.predicted_weights(head_worker.build("row:head=fp8")))
-        first = head_worker.build("moss:head=fp8", last=False)
+        first = head_worker.build("moss", last=False)
         assert not hasattr(first, "output_layer") and not list(head.predicted_weights(first))
-        assert len(list(head.predicted_weights(head_worker.build("moss:head=fp8", first=False)))) == 1
+        assert len(list(head.predicted_weights(head_worker.build("moss", first=False)))) == 1
 
     def test_metrics_see_input_gradient_and_weight(self, groups):
         from fp8_recipes.megatron import metrics
 
-        model = head_worker.build("moss:head=fp8")
+        model = head_worker.build("moss")
         args = argparse.Namespace(fp8="e4m3", fp8_metrics_interval=1)
         run = metrics.install([model], args)
         try:
@@ -227,7 +227,7 @@ def two_ranks(groups, tmp_path_factory):
     """What one rank gives, and a function: "tp" or "sp" -> [what rank 0 gives, what rank 1 gives] with the same parameters."""
     path = tmp_path_factory.mktemp("head")
     torch.manual_seed(2)
-    whole = head_worker.build("moss:head=fp8")
+    whole = head_worker.build("moss")
     torch.save({name: p.detach().clone() for name, p in whole.named_parameters()}, path / "whole.pt")
     one = head_worker.step(whole)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
@@ -264,18 +264,31 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("flags", "words"),
         [
-            ("--defer-embedding-wgrad-compute", "--defer-embedding-wgrad-compute: it keeps the head's operands in bf16"),
-            ("--mtp-num-layers 1", "--mtp-num-layers 1: multi-token prediction shares the head"),
+            ("--defer-embedding-wgrad-compute", "--defer-embedding-wgrad-compute: it keeps the LM head's operands in bf16"),
+            ("--mtp-num-layers 1", "--mtp-num-layers 1: multi-token prediction shares the LM head"),
+            ("--hybrid-layer-pattern MMMM", "--hybrid-layer-pattern: the LM head runs in FP8 in Megatron's GPTModel only"),
+            ("--hybrid-override-pattern MMMM", "--hybrid-layer-pattern: the LM head runs in FP8 in Megatron's GPTModel only"),
             ("--make-vocab-size-divisible-by 8 --vocab-size 264", "264 rows of the vocabulary on each of 1 ranks"),
             ("--make-vocab-size-divisible-by 1 --vocab-size 272 --tensor-model-parallel-size 2", "136 rows of the vocabulary on each of 2 ranks"),
         ],
     )
-    def test_by_flag(self, parse, flags, words):
-        args = parse(f"--fp8-recipe moss:head=fp8 {flags}")
+    @pytest.mark.parametrize(
+        ("recipe", "remedy"),
+        [
+            ("moss", "moss:head=bf16"),
+            ("moss:head=fp8,interval=7", "moss:interval=7,head=bf16"),
+            ("row:head=fp8", "row:head=bf16"),
+            (str(ROOT / "configs" / "recipes" / "moss.yaml"), str(ROOT / "configs" / "recipes" / "moss.yaml") + ":head=bf16"),
+        ],
+    )
+    def test_by_flag(self, parse, flags, words, recipe, remedy):
+        """A user who never heard of the head is told that the recipe runs it, and given the value that does not, which then is taken."""
+        args = parse(f"--fp8-recipe {recipe} {flags}")
         arguments.prepare(args)
         problems = [p for p in arguments.validate(args) if words in p]
-        assert len(problems) == 1 and "head=bf16" in problems[0], arguments.validate(args)
-        args = parse(f"--fp8-recipe moss {flags}")
+        assert len(problems) == 1, arguments.validate(args)
+        assert problems[0].endswith(f"{recipe} runs the LM head in FP8 too: use --fp8-recipe {remedy} to leave it in bf16")
+        args = parse(f"--fp8-recipe {remedy} {flags}")
         arguments.prepare(args)
         assert not any(words in p for p in arguments.validate(args)), "the head in bf16 takes it"
 
@@ -285,33 +298,49 @@ class TestRefusals:
         arguments.prepare(args)
         assert arguments.validate(args) == []
 
-    def test_megatrons_own_flag_names_ours(self, parse):
-        args = parse("--fp8-recipe moss:interval=7 --fp8-output-proj")
+    @pytest.mark.parametrize(
+        ("recipe", "words"),
+        [
+            ("moss", "drop it (moss runs the LM head in FP8 already)"),
+            ("moss:interval=7,head=bf16", "drop it and use --fp8-recipe moss:interval=7,head=fp8"),
+            ("row", "drop it and use --fp8-recipe row:head=fp8"),
+            ("fp8_flow_moe", "drop it (fp8_flow_moe runs the LM head in FP8 already)"),
+        ],
+    )
+    def test_megatrons_own_flag_names_ours(self, parse, recipe, words):
+        args = parse(f"--fp8-recipe {recipe} --fp8-output-proj")
         arguments.prepare(args)
-        assert any("use --fp8-recipe moss:interval=7,head=fp8" in p for p in arguments.validate(args))
+        assert any(p.startswith("--fp8-output-proj") and p.endswith(words) for p in arguments.validate(args)), arguments.validate(args)
+
+    def test_megatrons_own_flag_where_no_other_layer_is_in_fp8(self, parse):
+        args = parse("--fp8-recipe fp8_flow_moe:dense=bf16 --fp8-output-proj")
+        arguments.prepare(args)
+        assert any(p.startswith("--fp8-output-proj") and p.endswith("drop it") for p in arguments.validate(args)), "it could not be honoured"
 
     def test_vocabulary_that_only_the_tokenizer_knew(self, groups):
-        with pytest.raises(RecipeError, match="72 rows on 1 ranks are 72; use --make-vocab-size-divisible-by 16.*head=bf16"):
-            head_worker.build("moss:head=fp8", vocab=72)
-        assert head_worker.build("moss", vocab=72).output_layer.weight.shape[0] == 72
+        way_out = "moss runs the LM head in FP8 too: use --fp8-recipe moss:head=bf16"
+        with pytest.raises(RecipeError, match=f"72 rows on 1 ranks are 72; use --make-vocab-size-divisible-by 16.*{way_out}"):
+            head_worker.build("moss", vocab=72)
+        assert head_worker.build("moss:head=bf16", vocab=72).output_layer.weight.shape[0] == 72
 
     @pytest.mark.parametrize(
         ("recipe", "attribute", "value", "words"),
         [
             ("moss", "bias", torch.zeros(1), "has no bias"),
             ("moss", "gtp_remat_size", 2, "hold its rows of the vocabulary whole"),
-            ("moss_exact", "sequence_parallel", True, "global_scale=measured is one scale for all; use global_scale=unit"),
+            ("moss_exact:head=fp8", "sequence_parallel", True, "global_scale=measured is one scale for all; use global_scale=unit"),
         ],
     )
     def test_output_layer_that_it_cannot_run(self, groups, recipe, attribute, value, words):
         from fp8_recipes.megatron import head
 
-        model = head_worker.build(recipe)
-        model.config.fp8, model.config.fp8_recipe = "e4m3", f"{recipe}:head=fp8"
+        in_bf16 = f"{recipe.partition(':')[0]}:head=bf16"
+        model = head_worker.build(in_bf16)
+        model.config.fp8, model.config.fp8_recipe = "e4m3", recipe
         layer = model.output_layer
         delattr(layer, attribute)
         setattr(layer, attribute, value)
-        with pytest.raises(RecipeError, match=f"{words}.*, or head=bf16"):
+        with pytest.raises(RecipeError, match=f"{words}.*, or: {recipe} runs the LM head in FP8 too: use --fp8-recipe {in_bf16} to leave it"):
             head.install(model)
         assert model.output_layer is layer and type(layer).__name__ == "ColumnParallelLinear"
 
@@ -320,25 +349,27 @@ class TestRefusals:
 
         model = torch.nn.Module()
         model.output_layer = torch.nn.Linear(4, 4)
-        asked = argparse.Namespace(fp8="e4m3", fp8_recipe="moss:head=fp8")
-        with pytest.raises(RecipeError, match=r"did not reach output_layer \(Linear\)"):
+        asked = argparse.Namespace(fp8="e4m3", fp8_recipe="moss")
+        with pytest.raises(RecipeError, match=r"output_layer \(Linear\) would stay in bf16; .* GPTModel only.* use --fp8-recipe moss:head=bf16 to leave it"):
             head.check(asked, [model])
-        head.check(argparse.Namespace(fp8="e4m3", fp8_recipe="moss"), [model])
-        head.check(asked, [head_worker.build("moss:head=fp8")])
+        head.check(argparse.Namespace(fp8="e4m3", fp8_recipe="moss:head=bf16"), [model])
+        head.check(asked, [head_worker.build("moss")])
 
     def test_transformer_engine_has_no_head(self):
-        with pytest.raises(RecipeError, match="TransformerEngine has no LM head"):
-            te.recipe("moss:head=fp8")
-        assert te.recipe(arguments.layers_recipe("moss:head=fp8,interval=7")) is te.recipe("moss:interval=7")
-        assert arguments.layers_recipe("fp8_flow_moe:head=fp8") == from_name("moss")
+        assert te.recipe("moss") is te.recipe("moss:head=bf16") is te.recipe(from_name("moss").head_recipe.with_overrides(grad="e4m3"))
+        assert te.recipe("moss").qfactory.recipe.head == "bf16"
+        assert te.recipe(arguments.layers_recipe("moss:interval=7")) is te.recipe("moss:interval=7")
+        assert arguments.layers_recipe("fp8_flow_moe") == arguments.layers_recipe("moss") == from_name("moss:head=bf16")
 
 
 def test_start_report_names_the_head(base_flags):
     tied = base_flags.replace("--untie-embeddings-and-output-weights", "")
-    first, second = reports(f"{base_flags} --fp8-recipe moss:head=fp8", f"{tied} --fp8-recipe moss:head=fp8")
+    first, second, third = reports(f"{base_flags} --fp8-recipe moss", f"{tied} --fp8-recipe moss", f"{base_flags} --fp8-recipe moss:head=bf16")
     assert "output_layer - 256x256 FP8 moss, dy e5m2" in first and "embedding.word_embeddings - 256x256 bf16" in first
     assert "TRACKED 17" in first, "four linears in each of four layers, and the head"
     assert "output_layer (weight of the embedding) - 256x256 FP8 moss, dy e5m2" in second and "TRACKED 17" in second
+    assert "output_layer - 256x256 bf16" in third and "TRACKED 16" in third
+    assert "head=fp8" in first[1] and "head=bf16" in third[1]
 
 
 @pytest.mark.gpu
@@ -348,7 +379,7 @@ def test_gpu_dgrad_over_a_vocabulary():
     from fp8_recipes.nn import products
 
     generator = torch.Generator().manual_seed(0)
-    recipe, tokens, vocabulary, hidden = from_name("moss:head=fp8").head_recipe, 512, 32000, 256
+    recipe, tokens, vocabulary, hidden = from_name("moss").head_recipe, 512, 32000, 256
     frequency = (1 / (torch.arange(vocabulary) + 3.7)).log()
     p = torch.softmax(frequency + 1.5 * torch.randn(tokens, vocabulary, generator=generator), dim=1)
     p[torch.arange(tokens), torch.multinomial(p, 1, generator=generator)[:, 0]] -= 1
@@ -367,7 +398,7 @@ def test_gpu_products_at_the_width_of_a_vocabulary(vocabulary):
     from fp8_recipes import ops
     from fp8_recipes.nn import products
 
-    recipe, tokens, hidden = from_name("moss:head=fp8").head_recipe, 256, 128
+    recipe, tokens, hidden = from_name("moss").head_recipe, 256, 128
     generator = torch.Generator().manual_seed(0)
     dlogits = torch.randn(tokens, vocabulary, generator=generator).mul(4).exp().bfloat16()
     q = products.quantize_grad(dlogits.cuda(), recipe)

@@ -36,7 +36,7 @@ class TestLoss:
         from fp8_recipes import ops
         from fp8_recipes.nn import products
 
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         x, labels, weights = self.given()
         made, carried = [], []
         backward = ops.cross_entropy_backward_quantize
@@ -73,7 +73,7 @@ class TestLoss:
         assert_snr(dx_theirs, dx, at_least=20)
 
     def test_a_label_that_is_no_token_costs_what_it_costs_in_megatron(self, groups):
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         x, labels, weights = self.given()
         labels[1, 2], weights[1, 2] = -100, 0.0
         logits, _ = model.output_layer(x)
@@ -84,7 +84,7 @@ class TestLoss:
         assert x.grad.isfinite().all() and (x.grad[2, 1] == 0).all()
 
     def test_evaluation_needs_no_gradient(self, groups):
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         x, labels, _ = self.given()
         with torch.no_grad():
             logits, _ = model.output_layer(x)
@@ -93,7 +93,7 @@ class TestLoss:
 
     def test_two_forward_passes_before_their_backward_passes(self, groups):
         """As pipeline parallelism runs them: each pass has its own edge."""
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         passes = [self.given(seed) for seed in (3, 4)]
         losses = [model.compute_language_model_loss(labels, model.output_layer(x)[0]) for x, labels, _ in passes]
         for loss, (_, _, weights) in zip(losses, passes, strict=True):
@@ -104,15 +104,15 @@ class TestLoss:
             assert torch.equal(alone.grad, x.grad)
 
     def test_logits_used_by_more_than_the_loss_are_noticed(self, groups):
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         x, labels, _ = self.given()
         logits, _ = model.output_layer(x)
         loss = model.compute_language_model_loss(labels, logits).mean() + 1e-4 * logits.float().square().mean()
-        with pytest.raises(RuntimeError, match=r"used by more than its loss .*; use head=bf16"):
+        with pytest.raises(RuntimeError, match=r"used by more than its loss .*: add head=bf16 to the recipe, as in --fp8-recipe moss:head=bf16"):
             loss.backward()
 
     def test_loss_of_somebody_elses_is_quantised_as_it_comes(self, groups):
-        model = head_worker.build("moss:head=fp8", vocab=V)
+        model = head_worker.build("moss", vocab=V)
         x, labels, _ = self.given()
         logits, _ = model.output_layer(x)
         theirs = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.t().flatten())

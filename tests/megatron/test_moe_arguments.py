@@ -190,6 +190,7 @@ def test_reports_of_real_models_say_which_layers_flow(base_flags):
         f"{base_flags} {MOE} --fp8-recipe fp8_flow_moe:dense=bf16 --recompute-granularity selective --recompute-modules moe",
     )
     assert lines[1].startswith("fp8_flow_moe(") and lines[2].startswith("other layers: moss(")
+    assert "head=fp8" in lines[1] and "head=fp8" in lines[2] and "output_layer - 256x256 FP8 moss, dy e5m2" in lines
     assert "decoder.layers.*.mlp.experts.linear_fc1 2-3 8 of 256x256 FP8 fp8_flow_moe" in lines
     assert "decoder.layers.*.mlp.experts.linear_fc2 4 8 of 256x128 bf16 (first / last)" in lines
     assert "decoder.layers.*.mlp.shared_experts.linear_fc1 2-3 512x256 FP8 moss" in lines
@@ -200,7 +201,8 @@ def test_reports_of_real_models_say_which_layers_flow(base_flags):
     assert f"MoE layers 2-3: {flow}" in lines
     assert "MoE layers 4: Megatron's own modules, bf16 (first / last)" in lines
     assert "1 MLPs: in FP8 layers norm, fc1, SwiGLU and fc2 as one function" in lines
-    assert "TRACKED 64" in lines  # 4 attentions and 1 dense MLP of 2 linears each, 3 shared MLPs of 2, 3 layers of 8 experts with 2
+    assert "TRACKED 65" in lines  # 4 attentions and 1 dense MLP of 2 linears each, 3 shared MLPs of 2, 3 layers of 8 experts with 2, the head
+    assert "output_layer - 256x256 bf16" in experts_only and "head=bf16" in experts_only[1]
     assert "decoder.layers.*.self_attention.linear_qkv 1-4 768x256 bf16" in experts_only
     assert "decoder.layers.*.mlp.experts.linear_fc1 1-4 8 of 256x256 FP8 fp8_flow_moe" in experts_only
     assert [line for line in experts_only if line.startswith("MoE layers 1-4: 8 local experts") and line.endswith("kept for backward: input")]
