@@ -117,10 +117,7 @@ LONG = [
         ("fog-baselines", trainings(4), ""),
     ),
     *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", RESUME + trainings(2), "")),
-    *split(
-        HEAD, "gpu",
-        ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(5), "option_changes"), ("head-resume", RESUME + trainings(1), ""),
-    ),
+    *split(HEAD, "gpu", ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(6), "")),
     *split(
         DENSE, "multi_gpu",
         ("dense-2-tp", trainings(4), "tensor-model"), ("dense-2-resume", RESUME, "resume"), ("dense-2-pp-dp", trainings(4), ""),
@@ -141,7 +138,7 @@ LONG = [
         ("fog-2-dp", trainings(3), ""),
     ),
     Group("fog-2-moe", "multi_gpu", (FOG_MOE,), trainings(4)),
-    *split(HEAD, "multi_gpu", ("head-2-tp", trainings(4), "tensor-model"), ("head-2-pp-dp", trainings(4), "")),
+    Group("head-2", "multi_gpu", (HEAD,), trainings(3)),
 ]  # fmt: skip
 LONG.sort(key=lambda group: -group.seconds * group.gpus)  # what takes most first, so that none is left over at the end
 GROUPS = [*SHORT, *LONG]

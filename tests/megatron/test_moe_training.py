@@ -44,11 +44,11 @@ class TestOneGpu:
         assert_near(losses, train("bf16")[0])
         assert f"MoE layers 1-4: 8 {FLOW}; no dispatch (one rank)" in log
         assert f"kept for backward: {'activation' if 'activation' in recipe else 'h'}" in log
-        assert ("FP8 moss" in log) == ("dense=bf16" not in recipe)
+        assert ("FP8 moss" in log) == ("FP8 moss, dy e5m2" in log) == ("dense=bf16" not in recipe), "the LM head goes with the dense layers"
 
     def test_scales_of_dense_and_expert_weights_are_predicted(self, train):
-        """4 layers: 2 linears of the attention, 8 experts with 2 weights each."""
-        assert "72 weight scales predicted" in train("fp8_flow_moe")[1]
+        """4 layers: 2 linears of the attention, 8 experts with 2 weights each; and the LM head."""
+        assert "73 weight scales predicted" in train("fp8_flow_moe")[1]
         assert "64 weight scales predicted" in train("fp8_flow_moe:dense=bf16")[1]
 
     @pytest.mark.parametrize(
