@@ -39,6 +39,9 @@ SAVED = ("activation", "h", "input")
 # GeLU of normal h of s = 1, by integration. Noise of h that does not depend on it (x, w1) counts E[gelu'^2] / E[gelu^2] = 1.07 in act and E[gelu''^2] /
 # E[gelu'^2] = 0.60 in dh; that of storing h, which is in proportion to h, E[h^2 gelu'^2] / E[gelu^2] = 1.36 and E[h^2 gelu''^2] / E[gelu'^2] = 0.11:
 #   act = 2.15 (from a stored h 3.5), dh = 2 + 1.2 = 3.2 (3.3), and the rest as above
+# xIELU with both alphas 0.8, the same integrals: 1.19 and 0.67 for noise that does not depend on h, 3.03 and 0.63 for that of storing it:
+#   act = 2.4 (5.4), dh = 2 + 1.35 = 3.35 (4.0)
+#   dalpha = sum da x^2          2 + 2 * 1.33, + 4 where h was stored = 4.7 (8.7) on the right; less on the left
 UNITS: dict[str, dict[str, dict[str, float]]] = {
     "swiglu": {
         "activation": {"y": 6.1, "dx": 7.1, "dprob": 8.2, "dw1": 7.1, "dw2": 6.1},
@@ -49,6 +52,11 @@ UNITS: dict[str, dict[str, dict[str, float]]] = {
         "activation": {"y": 4.15, "dx": 5.3, "dprob": 5.5, "dw1": 5.3, "dw2": 4.15},
         "h": {"y": 4.15, "dx": 5.3, "dprob": 5.5, "dw1": 5.3, "dw2": 5.5},
         "input": {"y": 4.15, "dx": 5.2, "dprob": 4.15, "dw1": 5.2, "dw2": 4.15},
+    },
+    "xielu": {
+        "activation": {"y": 4.4, "dx": 6.0, "dprob": 7.4, "dw1": 6.0, "dw2": 4.4, "dalpha": 8.7},
+        "h": {"y": 4.4, "dx": 6.0, "dprob": 7.4, "dw1": 6.0, "dw2": 7.4, "dalpha": 8.7},
+        "input": {"y": 4.4, "dx": 5.35, "dprob": 4.4, "dw1": 5.35, "dw2": 4.4, "dalpha": 4.7},
     },
 }
 SLACK = 1.0
@@ -74,20 +82,29 @@ class Case:
     w2: list[torch.Tensor]
     dy: torch.Tensor
     activation: str = "swiglu"
+    alpha: torch.Tensor | None = None
+    """Of xIELU."""
 
     def to(self, device: str) -> Case:
         w1, w2 = ([w.to(device) for w in ws] for ws in (self.w1, self.w2))
-        return Case(*(t.to(device) for t in (self.x, self.index, self.prob)), w1, w2, self.dy.to(device), self.activation)
+        alpha = None if self.alpha is None else self.alpha.to(device)
+        return Case(*(t.to(device) for t in (self.x, self.index, self.prob)), w1, w2, self.dy.to(device), self.activation, alpha)
+
+    @property
+    def alphas(self) -> dict[str, torch.Tensor]:
+        """``alpha`` as a keyword, where the activation has it."""
+        return {} if self.alpha is None else {"alpha": self.alpha}
 
 
 def case(index: torch.Tensor, experts: int, seed: int = 0, hidden: int = H, ffn: int = F, activation: str = "swiglu") -> Case:
     tokens, k = index.shape
     scores = torch.rand(tokens, k, generator=torch.Generator().manual_seed(seed + 1)) + 0.1
-    wide = activation_of(activation).parts * ffn
+    act = activation_of(activation)
+    wide, alpha = act.parts * ffn, torch.tensor([0.8, 0.8]) if act.has_alpha else None
     w1 = [(normal(wide, hidden, seed=seed + 100 + e) * hidden**-0.5).bfloat16() for e in range(experts)]
     w2 = [(normal(hidden, ffn, seed=seed + 200 + e) * ffn**-0.5).bfloat16() for e in range(experts)]
     x, dy = normal(tokens, hidden, seed=seed + 2).bfloat16(), normal(tokens, hidden, seed=seed + 3).bfloat16()
-    return Case(x, index.int().contiguous(), scores / scores.sum(1, keepdim=True), w1, w2, dy, activation)
+    return Case(x, index.int().contiguous(), scores / scores.sum(1, keepdim=True), w1, w2, dy, activation, alpha)
 
 
 def top_k(tokens: int, k: int, experts: int, seed: int = 0) -> torch.Tensor:
@@ -102,15 +119,16 @@ def results(c: Case, experts: Experts, dtype: torch.dtype | None = None) -> Resu
     """y and all gradients. dtype: float64 for the truth."""
     x, prob = (t.detach().to(dtype or t.dtype).requires_grad_() for t in (c.x, c.prob))
     w1, w2 = ([w.detach().to(dtype or w.dtype).requires_grad_() for w in ws] for ws in (c.w1, c.w2))
-    y = experts(x, c.index, prob, w1, w2)
+    alpha = {name: a.detach().to(dtype or a.dtype, copy=True).requires_grad_() for name, a in c.alphas.items()}
+    y = experts(x, c.index, prob, w1, w2, **alpha)
     y.backward(c.dy.to(y.dtype))
     grads = {"dx": x.grad, "dprob": prob.grad, "dw1": torch.stack([w.grad for w in w1]), "dw2": torch.stack([w.grad for w in w2])}  # type: ignore[misc]
-    return {"y": y.detach(), **grads}  # type: ignore[dict-item]
+    return {"y": y.detach(), **grads, **{f"d{name}": a.grad for name, a in alpha.items()}}  # type: ignore[dict-item]
 
 
 def flow(recipe: Recipe | str = FLOW, **kwargs: Any) -> Experts:
     recipe = from_name(recipe) if isinstance(recipe, str) else recipe
-    return lambda *args: moe_experts(*args, recipe=recipe, **kwargs)
+    return lambda *args, **alpha: moe_experts(*args, recipe=recipe, **alpha, **kwargs)
 
 
 def truth(c: Case) -> Results:
@@ -123,15 +141,29 @@ def dprob_noise(c: Case, saved: str) -> torch.Tensor:
     for expert, (w1, w2) in enumerate(zip(c.w1, c.w2, strict=True)):
         token, copy = (c.index == expert).nonzero(as_tuple=True)
         one = torch.ones(len(token), 1, dtype=torch.float64, device=c.x.device)
-        y = plain_experts(c.x[token].double(), torch.zeros_like(one, dtype=torch.int32), one, [w1.double()], [w2.double()], activation_of(c.activation))
+        index = torch.zeros_like(one, dtype=torch.int32)
+        y = plain_experts(c.x[token].double(), index, one, [w1.double()], [w2.double()], activation_of(c.activation), c.alpha)
         noise[token, copy] = (c.dy[token].double() * y).norm(dim=1)
     return noise * (UNITS[c.activation][saved]["dprob"] * 10**-3.15) ** 0.5
+
+
+def dalpha_noise(c: Case, saved: str) -> torch.Tensor:
+    """Standard deviation of the noise of xIELU's dalpha, [2]: of sums over all rows and features, whose terms each have the noise of `UNITS`."""
+    squares = torch.zeros(2, dtype=torch.float64, device=c.x.device)
+    for expert, (w1, w2) in enumerate(zip(c.w1, c.w2, strict=True)):
+        token, copy = (c.index == expert).nonzero(as_tuple=True)
+        h, da = c.x[token].double() @ w1.double().t(), c.dy[token].double() @ w2.double() * c.prob[token, copy, None].double()
+        squares += torch.stack([(da * h.clamp(min=0) ** 2).square().sum(), (da * (torch.expm1(h.clamp(max=0)) - h.clamp(max=0))).square().sum()])
+    return (squares * UNITS[c.activation][saved]["dalpha"] * 10**-3.15).sqrt()
 
 
 def check(c: Case, got: Results, saved: str = "h", per_expert: float = 3.0, per_token: float = 9.0) -> None:
     """Every result over the whole tensor; y and dx by token and the weights by expert within so many dB of that. (A token whose activation happens to be small
     has fewer dB. The row of another token has none.)"""
     want = truth(c)
+    if c.alpha is not None:
+        expected, dalpha = want.pop("dalpha"), got["dalpha"]
+        assert dalpha.dtype == torch.float32 and ((dalpha - expected).abs() <= 6 * dalpha_noise(c, saved)).all(), f"dalpha {dalpha} is not {expected}"
     for name, expected in want.items():
         if name != "dprob" or expected.numel() >= 64:
             scatter = 4 * expected.numel() ** -0.5 if name == "dprob" else 0.0  # of a ratio of two energies of so few numbers, twice
@@ -229,3 +261,5 @@ def check_nan_in_one_token(c: Case, run: Experts) -> None:
     mine[c.index[5].long()] = True
     for name in ("dw1", "dw2"):
         assert torch.isnan(got[name][mine]).all() and torch.equal(got[name][~mine], clean[name][~mine]), name
+    if c.alpha is not None:
+        assert not torch.isnan(clean["dalpha"]).any() and torch.isnan(got["dalpha"]).any(), "a sum over all tokens shows it"

@@ -8,8 +8,8 @@ Two casts stand alone, one in each pass; every other FP8 tensor is written by a 
 (H bytes each, not one copy per expert), the index tensors of the permutation, prob, and what the recipe's ``moe_saved`` says of fc1's output. All sizes that
 depend on the routing stay on the device; the host waits for nothing here (`nn.dispatch` says where it does).
 
-act is SwiGLU or GeLU (`nn.activations`), h [rows, 2F] or [rows, F]. Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, L experts
-of this rank, rows = rows of the grouped buffer.
+act is SwiGLU, GeLU or xIELU (`nn.activations`), h [rows, 2F] or [rows, F]. Shapes: T tokens of this rank, R received, K copies per token, H hidden, F ffn, L
+experts of this rank, rows = rows of the grouped buffer.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ class _Experts(torch.autograd.Function):
     """See `run_experts`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, prob: torch.Tensor, alpha: torch.Tensor | None, expert_index: torch.Tensor, flow: Flow, *weights: torch.Tensor
+    ) -> torch.Tensor:
         recipe, dispatcher = flow.recipe, flow.dispatcher
         experts = len(weights) // 2
         w1, w2 = expert_operand(weights[:experts], recipe), expert_operand(weights[experts:], recipe)
@@ -203,15 +205,15 @@ class _Experts(torch.autograd.Function):
         del rows, w1_row
         saved_h: ScaledTensor | None = None
         if flow.save and recipe.moe_saved != "input":
-            act, saved_h = flow.act.quantize_saving(h, **flow.activation(), prob=row_prob)
+            act, saved_h = flow.act.quantize_saving(h, alpha, **flow.activation(), prob=row_prob)
         else:
-            act = flow.act.quantize(h, **flow.activation(), prob=row_prob)
+            act = flow.act.quantize(h, alpha, **flow.activation(), prob=row_prob)
         del h
         flow.see("linear_fc2", "input", None, act, row_map.source)
         y = w2.product(act, w2.row(), row_map)  # [rows, F] @ [F, H]
         if flow.save:
             kept = act if recipe.moe_saved == "activation" else None
-            ctx.save_for_backward(*_tensors(q), *_tensors(saved_h), *_tensors(kept), row_prob, *_index(row_map))
+            ctx.save_for_backward(*_tensors(q), *_tensors(saved_h), *_tensors(kept), row_prob, alpha, *_index(row_map))
             ctx.flow, ctx.plan, ctx.operands, ctx.dtype = flow, plan, (w1, w2), x.dtype
             ctx.weights = weights  # the parameters themselves: main_grad is an attribute of these very objects
             ctx.versions = list(map(_version_of, weights))
@@ -222,13 +224,13 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flow: Flow = ctx.flow
-        need_x, need_prob, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
+        need_x, need_prob, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad[5:])
         saved = ctx.saved_tensors  # a second backward is refused here
         if list(map(_version_of, ctx.weights)) != ctx.versions:
             raise RuntimeError("an expert's weight was modified by an inplace operation between forward and backward; dgrad would see another weight")
         ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use, not after this function
         q, h, act, row_prob = _scaled(saved[0:3]), _scaled(saved[3:6]), _scaled(saved[6:9]), saved[9]
-        row_map, (w1, w2), plan = ops.RowMap(*saved[10:15]), ctx.operands, ctx.plan
+        alpha, row_map, (w1, w2), plan = saved[10], ops.RowMap(*saved[11:16]), ctx.operands, ctx.plan
         del saved
         assert q is not None
         dyq = _quantize(dy.contiguous(), flow.grad())  # cast 2
@@ -239,12 +241,12 @@ class _Experts(torch.autograd.Function):
         del h
         dw2: Sequence[torch.Tensor | None] = [None] * len(w2.weights)
         if need_w:
-            act = flow.act.quantize(recomputed, **flow.activation(), prob=row_prob) if act is None else act
+            act = flow.act.quantize(recomputed, alpha, **flow.activation(), prob=row_prob) if act is None else act
             dw2 = _weight_gradients([dyq, act], w2, row_map)
         del act
         da = w2.product(dyq, w2.transposed(), row_map)  # [rows, H] @ [H, F]
         del dyq
-        dh, drow_prob = flow.act.backward_quantize(da, recomputed, **flow.grad(), prob=row_prob)
+        dh, drow_prob, dalpha = flow.act.backward_quantize(da, recomputed, alpha, row_map.source, **flow.grad(), prob=row_prob)
         flow.see("linear_fc1", "grad", None, dh, row_map.source)
         del da, recomputed
         dx = dprob = None
@@ -254,22 +256,30 @@ class _Experts(torch.autograd.Function):
             del rows
             dx = flow.dispatcher.combine(dx, plan).to(ctx.dtype)
         if need_prob:
+            assert drow_prob is not None
             dprob = flow.dispatcher.combine_prob(ops.copies_of_rows(drow_prob, row_map), plan)
         dw1: Sequence[torch.Tensor | None] = [None] * len(w1.weights)
         if need_w:
             operands = [dh, ops.gather_rows(q, row_map)[0]]
             del dh, q
             dw1 = _weight_gradients(operands, w1, row_map)
-        return dx, dprob, None, None, *dw1, *dw2
+        return dx, dprob, dalpha, None, None, *dw1, *dw2
 
 
 def run_experts(
-    x: torch.Tensor, prob: torch.Tensor, expert_index: torch.Tensor, flow: Flow, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]
+    x: torch.Tensor,
+    prob: torch.Tensor,
+    alpha: torch.Tensor | None,
+    expert_index: torch.Tensor,
+    flow: Flow,
+    w1: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """x [T, H], prob [T, K] fp32, expert_index [T, K] int32, w1 L times [2F or F, H], w2 L times [H, F] -> [T, H]. Checked by `nn.moe.moe_experts`."""
+    """x [T, H], prob [T, K] fp32, alpha fp32 [2] or None, expert_index [T, K] int32, w1 L times [2F or F, H], w2 L times [H, F] -> [T, H].
+    Checked by `nn.moe.moe_experts`."""
     if torch._C._are_functorch_transforms_active():
-        _Experts.apply(x, prob, expert_index, flow, *w1, *w2)  # raises: this function has no setup_context
-    return _apply(x, prob, expert_index, flow, *w1, *w2)
+        _Experts.apply(x, prob, alpha, expert_index, flow, *w1, *w2)  # raises: this function has no setup_context
+    return _apply(x, prob, alpha, expert_index, flow, *w1, *w2)
 
 
 _apply = super(torch.autograd.Function, _Experts).apply  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer in FP8: `moe_experts` from the router's output on, `MoE` with router and shared experts. Neither Megatron nor
 TransformerEngine is needed.
 
-    y[t] = sum_k prob[t, k] * w2[e] act(w1[e] x[t])        e = expert_index[t, k]; act: SwiGLU, or GeLU without a gate
+    y[t] = sum_k prob[t, k] * w2[e] act(w1[e] x[t])        e = expert_index[t, k]; act: SwiGLU, or without a gate GeLU or xIELU
 
 The dataflow, dtype by dtype, is in docs/recipes.md and `nn.experts`; how tokens travel between ranks in `nn.dispatch`.
 """
@@ -18,9 +18,10 @@ from torch import nn
 from ..recipe import Recipe, RecipeError, from_name
 from ..reference.permute import VECTOR
 from ..weight_scaling import ATTRIBUTE, WeightScaling
-from .activations import GELU, SWIGLU, Activation, activation_of
+from .activations import SWIGLU, Activation, activation_of
 from .dispatch import Dispatcher, Local
 from .experts import Flow, run_experts
+from .fog import XIELU
 from .linear import Linear
 from .mlp import can_fuse, fp8_mlp
 
@@ -34,6 +35,7 @@ def moe_experts(
     *,
     recipe: Recipe,
     activation: str = SWIGLU.name,
+    alpha: torch.Tensor | None = None,
     dispatcher: Dispatcher | None = None,
     num_experts: int | None = None,
     observer: Any = None,
@@ -41,30 +43,35 @@ def moe_experts(
     """``y[t] = sum_k prob[t, k] * w2[e] act(w1[e] x[t])``, e = expert_index[t, k], in FP8 from dispatch to combine as `recipe` (moe="flow") says.
 
     x: [T, H] bf16 (or fp32, fp16). expert_index: [T, K] int32, ids in the whole model, -1 = dropped copy. prob: [T, K] fp32.
-    w1: the L experts of this rank, [2F, H] = [gate; up] each, or [F, H] under activation="gelu" (exact, without a gate); w2: [H, F] each; contiguous bf16 or
-        fp32 parameters anywhere in memory. activation: "swiglu" or "gelu".
+    w1: the L experts of this rank, [2F, H] = [gate; up] each, or [F, H] without a gate; w2: [H, F] each; contiguous bf16 or fp32 parameters anywhere in memory.
+    activation: "swiglu", "gelu" (exact, no gate) or "xielu" (no gate). alpha: for "xielu", fp32 [2] = its effective alphas (`nn.fog.XIELU.alpha`), the same for
+        every expert; its gradient is the sum over the rows of this rank's experts.
     dispatcher: how tokens reach their experts (`nn.dispatch`); None: every expert is on this rank. num_experts: of the whole model; None: L.
     observer: sees every tensor that is quantised (`nn.experts.Flow`), for metrics.
     H and F are multiples of 16; on CUDA an F that is no multiple of 128 costs the fused gradient of SwiGLU.
     Returns [T, H] in x's dtype. Gradients of x, prob and the weights; weights with ``main_grad`` get theirs added there and ``weight.grad`` stays None.
-    No tokens: y is empty, the weights' gradients are zero. NaN in a token stays in its row of y, of dx and prob's gradient, and in its experts' gradients.
+    No tokens: y is empty, the weights' gradients are zero. NaN in a token stays in its row of y, of dx and prob's gradient, and in its experts' gradients,
+    alpha's included.
     A recipe without quantisation runs plain torch on one rank. Raises ValueError, TypeError or RecipeError on what does not fit. On CUDA an id outside the
     range is dropped like -1: finding it would wait for the device.
     """
     dispatcher = Local() if dispatcher is None else dispatcher
     num_experts = len(w1) * dispatcher.size if num_experts is None else num_experts
     act = activation_of(activation)
+    act.check_alpha(alpha)
     _check_inputs(x, expert_index, prob, w1, w2, act, dispatcher, num_experts)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantize:
         if dispatcher.size > 1:
             raise RecipeError(f"recipe {recipe.name!r} is not quantised and runs on one rank only; use fp8_flow_moe over {dispatcher.size} ranks")
-        return plain_experts(x, expert_index, prob, w1, w2, act)
+        return plain_experts(x, expert_index, prob, w1, w2, act, alpha)
     if recipe.moe != "flow":
         raise RecipeError(f"recipe {recipe.name!r}: moe={recipe.moe} has no grouped products; use fp8_flow_moe, or {recipe.name}:moe=flow if it folds to rows")
-    save = torch.is_grad_enabled() and (x.requires_grad or prob.requires_grad or any(t.requires_grad for w in (w1, w2) for t in w))
-    return run_experts(x.contiguous(), prob.contiguous(), expert_index.contiguous(), Flow(recipe, dispatcher, num_experts, act, save, observer), w1, w2)
+    inputs = (x, prob) if alpha is None else (x, prob, alpha)
+    save = torch.is_grad_enabled() and (any(t.requires_grad for t in inputs) or any(t.requires_grad for w in (w1, w2) for t in w))
+    flow = Flow(recipe, dispatcher, num_experts, act, save, observer)
+    return run_experts(x.contiguous(), prob.contiguous(), alpha, expert_index.contiguous(), flow, w1, w2)
 
 
 def _check_inputs(
@@ -106,13 +113,19 @@ def _check_inputs(
 
 
 def plain_experts(
-    x: torch.Tensor, expert_index: torch.Tensor, prob: torch.Tensor, w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], act: Activation = SWIGLU
+    x: torch.Tensor,
+    expert_index: torch.Tensor,
+    prob: torch.Tensor,
+    w1: Sequence[torch.Tensor],
+    w2: Sequence[torch.Tensor],
+    act: Activation = SWIGLU,
+    alpha: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `moe_experts` computes, in plain torch in the dtype of the weights, expert by expert: the baseline and, in float64, the truth of the tests."""
     y = torch.zeros(x.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     for expert, (a, b) in enumerate(zip(w1, w2, strict=True)):
         token, copy = (expert_index == expert).nonzero(as_tuple=True)
-        out = F.linear(act.plain(F.linear(x[token].to(a.dtype), a)) * prob[token, copy, None].to(a.dtype), b)
+        out = F.linear(act.plain(F.linear(x[token].to(a.dtype), a), alpha) * prob[token, copy, None].to(a.dtype), b)
         y = y.index_add(0, token, out.to(y.dtype))
     return y.to(x.dtype)
 
@@ -196,7 +209,7 @@ def load_balancing_loss(share: torch.Tensor, expert_index: torch.Tensor) -> torc
 
 class SharedExperts(nn.Module):
     """A dense FFN that every token passes, with the experts' activation, in the recipe for dense layers. Parameters: gate_up.weight [2F, H] (without a gate
-    up.weight [F, H]), down.weight [H, F]."""
+    up.weight [F, H]), down.weight [H, F]; xIELU's, if it is the activation."""
 
     def __init__(self, hidden: int, ffn: int, recipe: Recipe, activation: str = SWIGLU.name, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -204,26 +217,31 @@ class SharedExperts(nn.Module):
         first = Linear(hidden, self.act.parts * ffn, bias=False, recipe=recipe, device=device, dtype=dtype)
         self.add_module("gate_up" if self.act.parts == 2 else "up", first)
         self.down = Linear(ffn, hidden, bias=False, recipe=recipe, device=device, dtype=dtype)
+        self.xielu = XIELU().to(device=device, dtype=dtype) if self.act.has_alpha else None
 
     @property
     def first(self) -> Linear:
         return cast(Linear, self.gate_up if self.act.parts == 2 else self.up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.act is GELU and can_fuse(self.first, self.down):
-            return fp8_mlp(x, self.first.weight, self.down.weight, recipe=self.down.recipe, observer=self.down.observer)
-        return self.down(self.act.plain(self.first(x)))
+        alpha = None if self.xielu is None else self.xielu.alpha()
+        if self.act.parts == 1 and can_fuse(self.first, self.down):
+            return fp8_mlp(x, self.first.weight, self.down.weight, alpha, recipe=self.down.recipe, observer=self.down.observer)
+        return self.down(self.act.plain(self.first(x), alpha))
 
 
 class MoE(nn.Module):
     """Router, experts and shared experts: a drop-in for the MLP of a transformer block. x [..., H] -> y [..., H].
 
     recipe: a `Recipe` or a name; experts run it, shared experts run its dense recipe ("bf16": everything in plain torch). ffn: inner width of one expert.
-    activation: "swiglu", or "gelu" without a gate, of experts and shared experts. shared_ffn: inner width of the shared experts together, 0 = none.
+    activation: "swiglu", or "gelu" or "xielu" without a gate, of experts and shared experts; xIELU's pair is trained, one for the routed experts together
+        (every rank has it, and its gradient holds the rows of that rank's experts: sum it over the ranks as the router's) and one for the shared.
+    shared_ffn: inner width of the shared experts together, 0 = none.
     dispatcher: `nn.dispatch`; with E experts over S ranks each holds E / S, this rank's.
     aux_loss: coefficient of `load_balancing_loss`. After a forward ``self.aux_loss`` is that loss times the coefficient (0-dim fp32), to be added to the
         training loss.
-    Other keywords: see `Router`. Parameters: router.weight [E, H], w1.0, w1.1, ... [2F, H] ([F, H] without a gate), w2.0, ... [H, F].
+    Other keywords: see `Router`. Parameters: router.weight [E, H], w1.0, w1.1, ... [2F, H] ([F, H] without a gate), w2.0, ... [H, F]; xielu.alpha_p,
+    xielu.alpha_n (`nn.fog.XIELU`) if it is the activation.
     Under ``weight_scale=predicted`` call `track`, or the experts' weights are measured at each use.
     """
 
@@ -250,8 +268,9 @@ class MoE(nn.Module):
             raise ValueError(f"num_experts={num_experts} must be a multiple of the {self.dispatcher.size} ranks that share them")
         local = num_experts // self.dispatcher.size
         self.router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **router)
-        parts = activation_of(activation).parts
-        self.w1 = nn.ParameterList(_expert_weight(parts * ffn, hidden, device, dtype) for _ in range(local))
+        act = activation_of(activation)
+        self.xielu = XIELU().to(device=device, dtype=dtype) if act.has_alpha else None
+        self.w1 = nn.ParameterList(_expert_weight(act.parts * ffn, hidden, device, dtype) for _ in range(local))
         self.w2 = nn.ParameterList(_expert_weight(hidden, ffn, device, dtype) for _ in range(local))
         self.shared = SharedExperts(hidden, shared_ffn, self.recipe.dense_recipe, activation, device=device, dtype=dtype) if shared_ffn else None
         self.num_experts, self.activation, self.coefficient = num_experts, activation, aux_loss
@@ -262,12 +281,13 @@ class MoE(nn.Module):
         index, prob, share = self.router(tokens)
         self.aux_loss = self.coefficient * load_balancing_loss(share, index) if self.coefficient else None
         how: dict[str, Any] = {"recipe": self.recipe, "activation": self.activation, "dispatcher": self.dispatcher, "num_experts": self.num_experts}
-        y = moe_experts(tokens, index, prob, list(self.w1), list(self.w2), **how).view(x.shape)
+        alpha = None if self.xielu is None else self.xielu.alpha()
+        y = moe_experts(tokens, index, prob, list(self.w1), list(self.w2), alpha=alpha, **how).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def track(self, scaling: WeightScaling) -> None:
         """Put every expert's weights, and the shared experts', under automatic scaling; the caller attaches the optimizer."""
-        shared = [] if self.shared is None else list(self.shared.parameters())
+        shared = [] if self.shared is None else [self.shared.first.weight, self.shared.down.weight]
         for weight in (*self.w1, *self.w2, *shared):
             scaling.track(cast(nn.Parameter, weight))
 
