@@ -181,10 +181,11 @@ class Recipe:
         return self.fold == "row"
 
     def with_overrides(self, **overrides: Any) -> Recipe:
-        """A validated copy with some fields changed; values may be strings. ``dense="bf16"`` takes the head along, unless ``head`` is given too."""
+        """A validated copy with some fields changed; values may be strings. ``dense="bf16"`` and ``quantize=False`` take the head along, unless ``head`` is
+        given too."""
         typed = {key: _convert(self, key, value) for key, value in overrides.items()}
         dense = RECIPES.get(typed.get("dense", ""))
-        if dense is not None and not dense.quantize:
+        if typed.get("quantize") is False or (dense is not None and not dense.quantize):
             typed.setdefault("head", "bf16")
         return replace(self, **typed)
 

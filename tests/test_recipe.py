@@ -65,6 +65,7 @@ def test_other_layers_in_bf16_take_the_head_along(tmp_path: Path) -> None:
     assert from_yaml(write(tmp_path / "mine.yaml", "base: fp8_flow_moe\ndense: bf16\nname: fp8_flow_moe\n")) == alone
     assert from_yaml(write(tmp_path / "flow.yaml", "base: fp8_flow_moe\n"), "dense=bf16") == alone
     assert from_name("fp8_flow_moe:dense=tile").head == "fp8", "other layers in FP8 leave it where it is"
+    assert (from_name("moss:quantize=false").head, from_name("moss:quantize=true").head) == ("bf16", "fp8")
 
 
 def test_overrides_are_typed() -> None:
@@ -114,7 +115,7 @@ def test_overrides_are_typed() -> None:
         ("moss:head=fp16", r"head='fp16' is not one of bf16, fp8 \(did you mean"),
         ("bf16:head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use moss:head=fp8, or head=bf16"),
         ("fp8_flow_moe:dense=bf16,head=fp8", r"head=fp8 takes the other layers' quantisation, and dense=bf16 has none; use .* or head=bf16"),
-        ("moss:quantize=false", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use .* or head=bf16"),
+        ("moss:quantize=false,head=fp8", r"head=fp8 takes the other layers' quantisation, and quantize=false has none; use .* or head=bf16"),
         ("fog:head=fp8", r"head=fp8 belongs to this package's quantisation, and stock=delayed leaves the linear layers to TransformerEngine's"),
         ("fp8_flow_moe:dense=mos", r"dense='mos' is not one of moss, .* \(did you mean moss"),
         ("moss:dense=fp8_flow_moe", r"dense='fp8_flow_moe' is itself a recipe for experts; name the one for the other layers"),

@@ -39,7 +39,16 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
     body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
     widths = [max(len(row[column]) for row in body) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
-    return "\n".join([title, *("  " + line for line in lines + _moe_layers(args, chunks) + _fused_mlps(args, chunks))])
+    return "\n".join([title, *("  " + line for line in lines + _moe_layers(args, chunks) + _fused_mlps(args, chunks) + _head(chunks))])
+
+
+def _head(chunks: list[torch.nn.Module]) -> list[str]:
+    """What an LM head in FP8 replaces: Megatron's loss too, where its gradient can be made in FP8 at once."""
+    from . import head, head_loss
+
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, head.OutputLayer)]
+    loss = "in one pass each way, its gradient made in FP8" if layers and head_loss.takes(layers[0].recipe) else "Megatron's"
+    return [f"LM head: products in FP8, cross-entropy {loss} (head=bf16: both Megatron's, in bf16)"] if layers else []
 
 
 def _fused_mlps(args: Any, chunks: list[torch.nn.Module]) -> list[str]:

@@ -364,12 +364,16 @@ class TestRefusals:
 
 def test_start_report_names_the_head(base_flags):
     tied = base_flags.replace("--untie-embeddings-and-output-weights", "")
-    first, second, third = reports(f"{base_flags} --fp8-recipe moss", f"{tied} --fp8-recipe moss", f"{base_flags} --fp8-recipe moss:head=bf16")
+    recipes = ("moss", "moss:head=bf16", "moss_exact:head=fp8")
+    second, first, third, exact = reports(f"{tied} --fp8-recipe moss", *(f"{base_flags} --fp8-recipe {recipe}" for recipe in recipes))
     assert "output_layer - 256x256 FP8 moss, dy e5m2" in first and "embedding.word_embeddings - 256x256 bf16" in first
     assert "TRACKED 17" in first, "four linears in each of four layers, and the head"
     assert "output_layer (weight of the embedding) - 256x256 FP8 moss, dy e5m2" in second and "TRACKED 17" in second
     assert "output_layer - 256x256 bf16" in third and "TRACKED 16" in third
     assert "head=fp8" in first[1] and "head=bf16" in third[1]
+    told = "LM head: products in FP8, cross-entropy in one pass each way, its gradient made in FP8 (head=bf16: both Megatron's, in bf16)"
+    assert first[-2] == second[-2] == told and not any(line.startswith("LM head") for line in third)
+    assert "LM head: products in FP8, cross-entropy Megatron's (head=bf16: both Megatron's, in bf16)" in exact
 
 
 @pytest.mark.gpu
