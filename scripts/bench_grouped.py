@@ -39,21 +39,18 @@ SHAPES = {
 }
 """Experts, rows, K (input features), N (output features)."""
 SWEEP: dict[str, GroupedConfig] = {
-    "128x256 s3": WIDE,
+    "128x256 s3 sub2": WIDE,
+    "128x256 s3 sub4": replace(WIDE, subtiles=4),
+    "128x256 s3 sub1": replace(WIDE, subtiles=1),
     "128x256 s4 sub8": replace(WIDE, stages=4, subtiles=8),
     "128x256 s3 g4": replace(WIDE, group=4),
     "128x256 s3 g16": replace(WIDE, group=16),
-    "128x256 s3 sub2": replace(WIDE, subtiles=2),
     "128x128 s5": SMALL,
     "128x128 s3 w4 x2": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2),
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
     "128x256 s3 add (wgrad)": replace(WIDE, store="add"),
-    "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce"),
-    "128x256 s3 reduce lines (wgrad)": replace(WIDE, store="reduce", fetch="lines"),
+    "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
     "128x256 s4 (wgrad)": replace(WIDE, stages=4),
-    "128x256 s4 bulk (wgrad)": replace(WIDE, stages=4, fetch="bulk"),
-    "128x256 s4 lines (wgrad)": replace(WIDE, stages=4, fetch="lines"),
-    "128x128 s3 w4 x2 lines (wgrad)": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2, fetch="lines"),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]
@@ -234,7 +231,7 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
 
     if configs is not None:
         found = {f"{name}, +fp32": lambda i, c=c: ours(i, 0, c) for name, c in configs.items()}
-        return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if not c.fetch and c.store == WIDE.store}
+        return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]
     halves = [tuple(torch.randn(c, rows, device="cuda", dtype=torch.bfloat16) for c in (n, k)) for _ in range(SETS)]

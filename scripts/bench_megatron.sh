@@ -6,7 +6,8 @@
 #   MODEL=moe_6l_v2lite ROUNDS=2 scripts/bench_megatron.sh out "bf16@32 --moe-router-fusion" blockwise "fp8_flow_moe --moe-router-fusion"
 #
 # MODEL+RECIPE takes that model instead of $MODEL, so that architectures of one geometry meet in one job: llama3_8l_8b+bf16 fog_8l_8b+fog.
-# RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time.
+# RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time; a recipe
+# named twice runs twice.
 # "RECIPE FLAGS", one argument, gives that run Megatron flags of its own; the table names the run by both. EXTRA: Megatron flags of every run.
 # Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table.
 set -euo pipefail
@@ -18,9 +19,11 @@ shift
 mkdir -p "$out"
 read -r -a extra <<<"${EXTRA:-}"
 runs=() logs=()
+declare -A times=()
 for ((round = 1; round <= ${ROUNDS:-1}; round++)); do
   for asked in "$@"; do
-    runs+=("$asked" "$round")
+    times[$asked]=$((${times[$asked]:-0} + 1))
+    runs+=("$asked" "${times[$asked]}")
   done
 done
 set -- "${runs[@]}"

@@ -29,7 +29,7 @@ from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, GroupedConfig, select_config
+from .grouped_configs import SMALL, GroupedConfig, adding, select_config
 from .launch import launch, matrix_descriptor
 
 
@@ -110,22 +110,6 @@ def _wait_for_stores():
 
 
 @triton.jit
-def _fetch_tile(matrix, m0, n0, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FETCH: tl.constexpr):
-    """Ask L2 for the tile at (m0, n0) of an [N, K] matrix; pieces that cross its edge are left out. Nothing waits for it."""
-    BYTES: tl.constexpr = 512 if FETCH == "bulk" else 128
-    PIECE: tl.constexpr = BYTES * 8 // matrix.dtype.element_ty.primitive_bitwidth
-    request: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 512" if FETCH == "bulk" else "prefetch.global.L2 [$1]"
-    asm: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p " + request + "; } // $0"
-    if not INTERPRETED:
-        piece = tl.arange(0, BLOCK_M * (BLOCK_N // PIECE))
-        row = m0 + piece // (BLOCK_N // PIECE)
-        col = n0 + piece % (BLOCK_N // PIECE) * PIECE
-        address = (matrix + row.to(tl.int64) * K + col).to(tl.int64)
-        inside = ((row < N) & (col + PIECE <= K)).to(tl.int32)
-        tl.inline_asm_elementwise(asm, "=r,l,r", [address, inside], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _tiles_below(bound, PROGRAMS: tl.constexpr):
     """How many of this program's tiles have a number below ``bound``."""
     return (bound - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS
@@ -156,7 +140,6 @@ def _grouped_wgrad_kernel(
     IN_OUT: tl.constexpr,  # does promotion add to out (then ACCUMULATE), or to a total in registers?
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    FETCH: tl.constexpr,
     ORDER: tl.constexpr,  # of the experts in out: 1 ascending, -1 descending, 0 each somewhere
     ALIGNED: tl.constexpr,  # do all addresses of the table allow vectors?
 ):
@@ -193,13 +176,6 @@ def _grouped_wgrad_kernel(
             last = tl.maximum((stop - start) // BLOCK_K, 1) - 1
             # Nothing to add: the product of zeros leaves the accumulator at zero for the next tile. (A branch around the epilogue would stall the products.)
             finish = tl.where(empty, -1, last) if ACCUMULATE else last
-            if FETCH != "":
-                # While the tile is computed its old values come from memory: additions that find them in L2 do not hold up the next tile.
-                if ORDER == 0:
-                    old = table_pointer(table_ptr, expert, out_ptr, ALIGNED)
-                else:
-                    old = out_ptr + (expert if ORDER == 1 else experts - 1 - expert).to(tl.int64) * N * K
-                _fetch_tile(old, m0, n0, N, K, BLOCK_M, BLOCK_N, FETCH)
         a = a_desc.load([m0, row + k * BLOCK_K])
         b = b_desc.load([n0, row + k * BLOCK_K])
         acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
@@ -357,6 +333,7 @@ def grouped_wgrad(
     in_out = accumulate and first.dtype == torch.float32 and distance > 1
     if config is None:  # a total in registers beside the accumulator fits the small tile only
         config = SMALL if distance > 1 and not in_out else select_config(experts * n, k, programs)
+        config = adding(config) if accumulate and first.dtype == torch.float32 else config
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"
@@ -389,7 +366,6 @@ def grouped_wgrad(
         IN_OUT=in_out,
         STORE=store,
         ACCUMULATE=accumulate,
-        FETCH=config.fetch if accumulate else "",
         ORDER=order,
         ALIGNED=aligned,
         num_warps=config.warps,

@@ -23,8 +23,8 @@ from .launch import launch
 COPIES = 128
 """Copies that one program of the routing kernels ranks against each other."""
 COUNT_EXPERTS = tl.constexpr(32)
-SCAN_BLOCKS = 128
-SCAN_EXPERTS = 16
+SCAN_BLOCKS = 1024
+SCAN_EXPERTS = 2
 PLACE_WARPS = 4
 RANKED = tl.constexpr(32)
 """Copies with which all of a block's are compared at a time. All 128 at once: 167 registers a thread instead of 56 (ptxas), a third of the programs."""

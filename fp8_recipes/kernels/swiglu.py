@@ -40,8 +40,10 @@ from .saved import h_arguments, h_values, load_h_scale, save_row
 
 SAVE_PER_THREAD = 24
 """Values of each half that a thread holds, at least, where h is saved: twice the warps of `rows.plan_row`, because of a row both h and the product wait."""
-WIDE_REGISTERS = 128
-"""Per thread, where the gradient takes 8 warps and holds FP8 words: two such programs fit a multiprocessor. The compiler would take a few more and one fits."""
+GRADIENT_PER_THREAD = 48
+"""Values of each half that a thread of the gradient takes, at least."""
+REGISTERS = {48: 80, 64: 128}
+"""Per thread, by the values that it takes, where the gradient has 8 warps and holds FP8 words: three or two such programs fit a multiprocessor."""
 
 # 1 / (1 + 2**(-x log2(e))) on the special-function unit. Flushing subnormals only matters to the result, where gates in (-88.7, -87.3) become silu = 0.
 _SIGMOID = tl.constexpr("""{
@@ -213,9 +215,9 @@ def swiglu_quantize_saving(
 
 def gradient_options(cols: int, granularity: str) -> dict[str, Any]:
     """How one program covers the two halves of a row, side by side, of ``cols`` columns each. scripts/sweep_swiglu.py tries others."""
-    plan = plan_row(cols)
-    registers = {"maxnreg": WIDE_REGISTERS} if plan.warps == 8 and granularity != "row" else {}
-    return {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps, **registers}
+    plan = plan_row(cols, GRADIENT_PER_THREAD)
+    limit = REGISTERS.get((plan.block + plan.tail) * TILE // (32 * plan.warps)) if plan.warps == 8 and granularity != "row" else None
+    return {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps, **({"maxnreg": limit} if limit else {})}
 
 
 @overload

@@ -276,10 +276,9 @@ COMPILE = """
 import os, subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fp8_recipes.kernels.grouped_configs import WIDE as c
+from fp8_recipes.kernels.grouped_configs import WIDE, adding
 from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel, _grouped_wgrad_kernel
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-usual = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles)
 for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma")),
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma")),
@@ -290,9 +289,10 @@ for kernel, dtype, constants in (
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
-    constants = {**usual, **constants}
+    c = adding(WIDE) if constants["STORE"] == "atomic" else WIDE
+    constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, **constants)
     if kernel is _grouped_wgrad_kernel:
-        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, "FETCH": "", **constants}
+        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
@@ -304,7 +304,7 @@ for kernel, dtype, constants in (
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
     path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
     open(path, "wb").write(compiled.asm["cubin"])
-    print("KERNEL", kernel.__name__, constants["PROMOTE"], "IN_OUT" if constants.get("IN_OUT") else "")
+    print("KERNEL", kernel.__name__, constants["PROMOTE"], "IN_OUT" if constants.get("IN_OUT") else "", compiled.metadata.shared)
     print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout)
 """
 
@@ -320,6 +320,7 @@ def test_machine_code_streams_products() -> None:
     assert len(listings) == 8
     for listing in listings:
         name, *lines = listing.splitlines()
+        assert int(name.split()[-1]) <= 227 * 1024, f"{name}: bytes of shared memory a Hopper multiprocessor gives one program"
         products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
         assert len(products) == 4, name
         loop = lines[products[0] : next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])]
