@@ -101,13 +101,21 @@ def config_of(**changes):
     return TransformerConfig(**(given | changes))
 
 
-def build(config, layer_number: int = 2, seed: int = 0):
-    """A MoELayer of the released wheel with TEGroupedMLP, on the CPU."""
+XIELU = {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}
+"""What Megatron's configuration says of experts with xIELU: the rest is in the layer's spec."""
+
+
+def build(config, layer_number: int = 2, seed: int = 0, xielu: bool = False):
+    """A MoELayer of the released wheel with TEGroupedMLP, on the CPU. xielu: in the experts, as `fog` builds them."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
     torch.manual_seed(seed)
     spec = get_moe_module_spec(use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
+    if xielu:
+        from fp8_recipes.megatron import fog
+
+        spec = fog.with_xielu(spec)
     stock = spec.keywords["submodules"]
     with pretend_gpu():
         layer = MoELayer(config, MoESubmodules(experts=stock.experts, shared_experts=Shared, router=stock.router), layer_number=layer_number)
@@ -124,7 +132,7 @@ class StockExperts(torch.nn.Module):
 
     def activation(self, h):
         if not self.experts.config.gated_linear_unit:
-            return self.experts.config.activation_func(h)
+            return self.experts.activation_func(h)
         gate, up = h.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
 
@@ -145,6 +153,21 @@ def stock_bf16(layer):
     stock.load_state_dict(layer.state_dict())
     stock.experts = StockExperts(stock.experts)
     return stock.train(layer.training)
+
+
+def reduced_gradients(layer, x, dy):
+    """Gradients by name as Megatron's optimizer gets them: from its data parallelism around the layer, which takes the mean over ranks, and its sums over
+    tensor-parallel ranks; and the names of those that are summed over the ranks with the same experts alone."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    with pretend_gpu():
+        wrapped = DistributedDataParallel(layer.config, DistributedDataParallelConfig(), layer)
+    with on_cpu(), unittest.mock.patch("torch.cuda.current_stream"):
+        wrapped(x)[0].backward(dy)
+        finalize_model_grads([wrapped])
+    of_experts = {p for buffer in wrapped.expert_parallel_buffers for p in buffer.params}
+    named = list(layer.named_parameters())
+    return {n: p.main_grad.clone() for n, p in named}, {n for n, p in named if p in of_experts}
 
 
 def gradients(layer, x, dy):

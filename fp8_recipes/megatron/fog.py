@@ -8,6 +8,8 @@ per feature or per layer, replicated over tensor-parallel ranks. How their gradi
     post-norm, LayerScale   see this rank's tokens under sequence parallelism: ``weight.sequence_parallel`` = Megatron's sum over ranks, as for its own norms
     alpha of queries/keys   see this rank's heads: they are called q_layernorm and k_layernorm, whose gradients Megatron sums
     alphas of xIELU         see this rank's features of the FFN: summed in backward by `copy_to_tensor_model_parallel_region`
+    the same of experts     one pair for all experts of a layer, replicated over all ranks: see the tokens of this rank's experts. Over tensor-parallel ranks as
+                            the post-norm's; over the others by data parallelism as the router's, which contains the expert-parallel ranks
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from ..architecture import Architecture
 from ..nn import fog as parts
@@ -90,6 +96,8 @@ def _layer(architecture: Architecture, config: Any, spec: ModuleSpec) -> ModuleS
         fc1 = old.mlp.keywords["submodules"].linear_fc1 if architecture.pre_norm else backend.column_parallel_linear()
         kind = {"xielu": XieluMLP, "smooth_swiglu": SmoothMLP}.get(architecture.activation, MLP)
         mlp = partial(kind.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=backend.row_parallel_linear()))
+    elif architecture.activation == "xielu":
+        mlp = with_xielu(old.mlp)
     if architecture.post_norm or architecture.layer_scale:
         changes |= {"self_attn_bda": _branch(architecture, config), "mlp_bda": _branch(architecture, config)}
     self_attention = replace(old.self_attention, submodules=attention)
@@ -98,6 +106,16 @@ def _layer(architecture: Architecture, config: Any, spec: ModuleSpec) -> ModuleS
 
 def _is_dense(mlp: Any) -> bool:
     return isinstance(mlp, partial) and getattr(mlp.func, "__self__", None) is MLP
+
+
+def with_xielu(moe: Any) -> Any:
+    """A builder of MoE layers, `moe`, with xIELU in experts and shared experts. Raises ValueError for a layer that is not built as Megatron's GPT builds it."""
+    submodules: Any = moe.keywords["submodules"] if isinstance(moe, partial) and moe.func is MoELayer else None
+    experts, shared = getattr(submodules, "experts", None), getattr(submodules, "shared_experts", None)
+    if not (isinstance(experts, partial) and experts.func is TEGroupedMLP and isinstance(shared, partial)):
+        raise ValueError("xIELU in experts needs Megatron's MoE layer with its grouped MLP; use --moe-grouped-gemm and --transformer-impl transformer_engine")
+    parts_of = {"experts": partial(XieluGroupedMLP, **experts.keywords), "shared_experts": partial(XieluSharedExpertMLP, **shared.keywords)}
+    return partial(MoELayer, submodules=replace(submodules, **parts_of))
 
 
 def _branch(architecture: Architecture, config: Any) -> ModuleSpec:
@@ -181,22 +199,35 @@ class TanhBound(parts.TanhBound):
 
 
 class XIELU(parts.XIELU):
-    """`nn.fog.XIELU` of a tensor-parallel FFN. alpha_p, alpha_n: [1], for the reason given at `TanhBound`."""
+    """`nn.fog.XIELU` of an FFN. alpha_p, alpha_n: [1], for the reason given at `TanhBound`.
 
-    def __init__(self, tp_group: Any) -> None:
+    tp_group: ranks with the same pair and the same tokens or parts of one sequence. experts: of an MoE layer, where each of them sees other tokens; else each
+    sees some of the FFN's features.
+    """
+
+    def __init__(self, config: Any, tp_group: Any, experts: bool = False) -> None:
         super().__init__()
-        self.tp_group = tp_group
+        self.tp_group, self.experts = tp_group, experts
         self.alpha_p, self.alpha_n = (torch.nn.Parameter(a.detach().view(1)) for a in (self.alpha_p, self.alpha_n))
+        if experts:
+            for alpha in (self.alpha_p, self.alpha_n):
+                share_tokens(alpha, config)
 
     def alpha(self) -> torch.Tensor:
         raw = torch.cat((self.alpha_p, self.alpha_n)).float()
-        if self.tp_group.size() > 1:
+        if self.tp_group.size() > 1 and not self.experts:
             raw = copy_to_tensor_model_parallel_region(raw, group=self.tp_group)
         soft = torch.nn.functional.softplus(raw)
         return torch.stack((soft[0], soft[1] + parts.BETA))  # no constant to be copied to the device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (_CompiledXielu if x.is_cuda else parts._Xielu).apply(x, self.alpha())
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """For checkpoints. Without it Megatron's FFN would forget the tensor-parallel ranks, and its experts take the experts' own: several ranks would each be
+        told to write the one pair."""
+        groups = {"tp_group": self.tp_group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets, **groups)
 
 
 class _CompiledXielu(torch.autograd.Function):
@@ -218,7 +249,7 @@ class _CompiledXielu(torch.autograd.Function):
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function)  # for one number of tokens; if another comes (experts), once more for any
 
 
 def _xielu_forward(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -229,13 +260,33 @@ def _xielu_backward(dy: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) -> t
     return parts.xielu_backward(dy, x, alpha).to(x.dtype), parts.xielu_alpha_gradient(dy, x)
 
 
+def _set_activation(mlp: Any, xielu: XIELU) -> None:
+    del mlp.activation_func  # a function from the config, which no module may replace
+    mlp.activation_func = xielu
+
+
 class XieluMLP(MLP):
     """Megatron's MLP with xIELU between its linears."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        del self.activation_func  # type: ignore[has-type]  # a function from the config
-        self.activation_func = XIELU(self.tp_group)
+        _set_activation(self, XIELU(self.config, self.tp_group))
+
+
+class XieluSharedExpertMLP(SharedExpertMLP):
+    """Megatron's shared experts with xIELU between their linears, under a pair of their own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _set_activation(self, XIELU(self.config, self.tp_group))
+
+
+class XieluGroupedMLP(TEGroupedMLP):
+    """Megatron's experts with xIELU between their linears, under one pair for all experts of the layer, on every rank that has some of them."""
+
+    def __init__(self, num_local_experts: int, config: Any, submodules: Any, pg_collection: Any = None, name: str | None = None) -> None:
+        super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, name=name)
+        _set_activation(self, XIELU(config, pg_collection.tp, experts=True))
 
 
 class SmoothMLP(MLP):

@@ -174,15 +174,10 @@ def _norms(args: argparse.Namespace, architecture: Architecture, argv: list[str]
     ]
 
 
-_NOT_IN_EXPERTS = {
-    "xielu": "has a trained pair of numbers, which is not built for experts",
-    "smooth_swiglu": "has a factor per token behind the FFN, which is not built for experts",
-}
-
-
 def _activation(args: argparse.Namespace, architecture: Architecture) -> list[tuple[Any, str]]:
     name, activation = architecture.name, architecture.activation
-    not_in_experts = _NOT_IN_EXPERTS.get(activation)
+    xielu_experts = args.num_experts and activation == "xielu"
+    pair = f"{name} has activation=xielu, whose trained pair all experts of a layer share"
     others = ("squared_relu", "quick_geglu", "openai_gelu")
     other = [f"--{flag.replace('_', '-')}" for flag in others if getattr(args, flag, False)]
     gate = f"{name} has activation={activation}, which has no gate; drop --swiglu, or use --arch llama3, olmo2 or smooth-swiglu"
@@ -199,9 +194,16 @@ def _activation(args: argparse.Namespace, architecture: Architecture) -> list[tu
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: smooth_swiglu's factor is a maximum over the whole FFN; use 1",
         ),
         (
-            args.num_experts and not_in_experts,
-            f"--num-experts {args.num_experts}: {activation} {not_in_experts}; use an architecture with gelu (--fog opt, --fog flash) or swiglu",
+            args.num_experts and activation == "smooth_swiglu",
+            f"--num-experts {args.num_experts}: smooth_swiglu has a factor per token behind the FFN, which is not built for experts; use --fog or swiglu",
         ),
+        (xielu_experts and not args.moe_grouped_gemm, f"--moe-grouped-gemm is missing: {pair}, which one module has to hold; add the flag"),
+        (
+            xielu_experts and args.transformer_impl == "local",
+            f"--transformer-impl local: {pair}, and it builds each expert as a module of its own; use transformer_engine",
+        ),
+        (xielu_experts and args.use_grouped_gemm_for_shared_expert, "--use-grouped-gemm-for-shared-expert: has no xIELU; drop the flag"),
+        (xielu_experts and args.moe_use_upcycling, "--moe-use-upcycling: would leave the dense FFN's trained pair behind; train the experts from the start"),
     ]
 
 

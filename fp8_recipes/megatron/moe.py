@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..nn.activations import GELU, SWIGLU
+from ..nn.activations import GELU, SWIGLU, XIELU
 from ..nn.dispatch import AllToAll, Dispatcher, Local
 from ..nn.moe import moe_experts
 from ..nn.routing import chosen_experts
@@ -38,6 +38,8 @@ class LayerFlow:
     activation: str
     """As `nn.moe.moe_experts` takes it."""
     linears: tuple[Any, Any]
+    xielu: Any = None
+    """`fog.XIELU`, which holds the activation's trained pair, or None where it has none."""
 
 
 def recipe_of(layer: Any) -> Recipe | None:
@@ -58,8 +60,13 @@ def stock_reason(layer: Any) -> str | None:
     return None
 
 
-def activation_of(config: Any) -> str | None:
-    """What the experts of this configuration compute, as `nn.moe.moe_experts` calls it, None if it is nothing that they can."""
+def activation_of(experts: Any) -> str | None:
+    """What these experts (Megatron's module of them) compute, as `nn.moe.moe_experts` calls it, None if it is nothing that it can."""
+    from .fog import XIELU as XieluOfMegatron
+
+    config = experts.config
+    if isinstance(experts.activation_func, XieluOfMegatron):
+        return XIELU.name
     if config.activation_func_clamp_value is not None or config.glu_linear_offset:
         return None
     if config.gated_linear_unit:
@@ -78,7 +85,7 @@ def check(layer: Any) -> None:
     linears = grouped and type(experts.linear_fc1) is TEColumnParallelGroupedLinear and type(experts.linear_fc2) is TERowParallelGroupedLinear
     problems = (
         (not grouped or not linears, f"experts of {type(experts).__name__} are not Megatron's TEGroupedMLP (--moe-grouped-gemm)"),
-        (activation_of(config) is None, "the activation is neither SwiGLU (--swiglu) nor exact GeLU without a gate"),
+        (grouped and activation_of(experts) is None, "the activation is neither SwiGLU (--swiglu) nor, without a gate, exact GeLU or xIELU"),
         (config.add_bias_linear, "linears with a bias (--disable-bias-linear)"),
         (config.moe_expert_capacity_factor is not None, "a capacity factor (drop and pad)"),
         (config.moe_latent_size, "latent projections (--moe-latent-size)"),
@@ -108,7 +115,10 @@ def describe(layer: Any) -> str:
     ranks = layer.ep_group.size()
     travel = f"FP8 dispatch over {ranks} ranks ({_dispatcher_name(layer.config)})" if ranks > 1 else "no dispatch (one rank)"
     way = f"{layer.num_local_experts} local experts as one FP8 function from router to combined output; {travel}; kept for backward: {recipe.moe_saved}"
-    return way if activation_of(layer.config) == SWIGLU.name else f"{way}; {activation_of(layer.config)} without a gate"
+    activation = activation_of(layer.experts)
+    if activation == SWIGLU.name:
+        return way
+    return f"{way}; {activation} without a gate{', one trained pair for all experts of a layer' if activation == XIELU.name else ''}"
 
 
 def _dispatcher_name(config: Any) -> str | None:
@@ -149,9 +159,10 @@ def flow_of(layer: Any, recipe: Recipe) -> LayerFlow:
     experts, config = layer.experts, layer.config
     dispatcher = _dispatcher(str(_dispatcher_name(config)), layer.ep_group) if layer.ep_group.size() > 1 else Local()
     fc1, fc2 = ([getattr(linear, f"weight{i}") for i in range(layer.num_local_experts)] for linear in (experts.linear_fc1, experts.linear_fc2))
-    activation = activation_of(config)
+    activation = activation_of(experts)
     assert activation is not None, "refused by check"
-    flow = LayerFlow(_with_recompute(recipe, config), dispatcher, fc1, fc2, activation, (experts.linear_fc1, experts.linear_fc2))
+    xielu = experts.activation_func if activation == XIELU.name else None
+    flow = LayerFlow(_with_recompute(recipe, config), dispatcher, fc1, fc2, activation, (experts.linear_fc1, experts.linear_fc2), xielu)
     setattr(layer, _ATTRIBUTE, flow)
     return flow
 
@@ -169,6 +180,7 @@ def routed_experts(layer: Any, flow: LayerFlow, hidden: torch.Tensor, probs: tor
         flow.fc2,
         recipe=flow.recipe,
         activation=flow.activation,
+        alpha=None if flow.xielu is None else flow.xielu.alpha(),
         dispatcher=flow.dispatcher,
         num_experts=layer.config.num_moe_experts,
         observer=layer.__dict__.get("fp8_observer"),  # set by `metrics`; a module looks everywhere for a name that it does not have

@@ -7,6 +7,7 @@ import pytest
 from fp8_recipes.recipe import RecipeError
 
 HEADS_OF_128 = "--num-attention-heads 2"
+XIELU_EXPERTS = "--fog max --num-experts 8 --moe-grouped-gemm"
 
 
 @pytest.fixture
@@ -80,7 +81,10 @@ class TestArchitecture:
             ("--fog max --apply-residual-connection-post-layernorm", r"--apply-residual-connection-post-layernorm"),
             ("--fog max --use-mup", r"--use-mup"),
             ("--fog max --use-te-activation-func", r"--use-te-activation-func: TransformerEngine's GeLU is the tanh approximation"),
-            ("--fog max --num-experts 8", r"--num-experts 8: xielu has a trained pair of numbers, which is not built for experts; use .*--fog opt"),
+            ("--fog max --num-experts 8", r"--moe-grouped-gemm is missing: fog-max has activation=xielu, whose trained pair all experts of a layer share"),
+            (f"{XIELU_EXPERTS} --transformer-impl local", r"--transformer-impl local: .*whose trained pair .*use transformer_engine"),
+            (f"{XIELU_EXPERTS} --use-grouped-gemm-for-shared-expert", r"--use-grouped-gemm-for-shared-expert: has no xIELU"),
+            (f"{XIELU_EXPERTS} --moe-use-upcycling", r"--moe-use-upcycling: would leave the dense FFN's trained pair behind"),
             ("--arch smooth-swiglu --num-experts 8", r"--num-experts 8: smooth_swiglu has a factor per token behind the FFN"),
             ("--fog flash --num-experts 8 --moe-ffn-hidden-size 33", r"--ffn-width-factor 1.5 times --moe-ffn-hidden-size 33 is 49.5"),
             ("--fog max --spec a b", r"--spec a b: the architecture is itself a layer spec"),

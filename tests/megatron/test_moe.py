@@ -342,8 +342,8 @@ def test_description_says_what_runs():
 BAD_LAYERS = {
     "SequentialMLP": {"moe_grouped_gemm": False},
     "neither SwiGLU": {"activation_func": torch.nn.functional.gelu},
-    "nor exact GeLU": {"gated_linear_unit": False, "activation_func": torch.nn.functional.silu},
-    "exact GeLU without a gate": GELU | {"use_te_activation_func": True},
+    "nor, without a gate, exact GeLU": {"gated_linear_unit": False, "activation_func": torch.nn.functional.silu},
+    "exact GeLU or xIELU": GELU | {"use_te_activation_func": True},
     "capacity factor": {"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "aux_loss"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "--moe-apply-probs-on-input": {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
