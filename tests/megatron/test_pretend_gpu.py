@@ -112,16 +112,34 @@ def test_tensor_parallel_run_counts_the_same_elements(train):
         assert found["elements"] == expected["elements"] and found["kurtosis"] == pytest.approx(expected["kurtosis"], rel=0.1), tensor
 
 
-def test_fog_with_experts_learns_and_counts_their_rows(train):
-    """GeLU experts in the FP8 flow, beside linears in bf16, in FP8, and with attention in FP8 too. Megatron's own experts need a GPU."""
-    reference, _, _ = train("fog_moe_tiny", "fp8_flow_moe:dense=bf16")
+@pytest.mark.parametrize(("flags", "activation"), [("", "gelu"), ("--fog max", "xielu")])
+def test_fog_with_experts_learns_and_counts_their_rows(train, flags, activation):
+    """Experts without a gate in the FP8 flow, beside linears in bf16, in FP8, and with attention in FP8 too. Megatron's own experts need a GPU."""
+    reference, _, _ = train("fog_moe_tiny", "fp8_flow_moe:dense=bf16", flags)
     for recipe in ("fp8_flow_moe", "fp8_flow_moe:attention=fp8"):
-        losses, metrics, log = train("fog_moe_tiny", recipe)
+        losses, metrics, log = train("fog_moe_tiny", recipe, flags)
         for step, loss in losses.items():
             assert loss == pytest.approx(reference[step], rel=0.02), f"{recipe}: step {step}"
         assert losses[STEPS] < losses[1] and losses != reference
-        assert f"MoE layers 1-{LAYERS}: 8 local experts as one FP8 function" in log and "gelu without a gate" in log
+        assert f"MoE layers 1-{LAYERS}: 8 local experts as one FP8 function" in log and f"{activation} without a gate" in log
         assert ("FP8 (attention)" in log) == ("attention" in recipe)
         tensors = metrics[2]["tensors"]
         assert tensors["layers.1.mlp.experts.linear_fc2.input"]["elements"] == 2 * TOKENS * 384, "top-2 of experts 1.5 x 256 wide, padding left out"
         assert tensors["layers.1.mlp.experts.linear_fc1.grad"]["elements"] == 2 * TOKENS * 384 and tensors["layers.2.down_input"]["kurtosis"] > 1
+
+
+def test_pair_of_experts_divided_over_ranks_is_trained_and_saved(train, tmp_path):
+    """Expert parallelism, the distributed optimizer and a torch_dist checkpoint with xIELU in experts and shared experts."""
+    import torch
+    from torch.distributed import checkpoint
+
+    flags = f"--fog max --expert-model-parallel-size 2 --moe-shared-expert-intermediate-size 256 --lr 1e-2 --save {tmp_path} --save-interval {STEPS}"
+    losses, _, log = train("fog_moe_tiny", "fp8_flow_moe", flags, ranks=2)
+    assert losses[STEPS] < losses[1] and "4 local experts as one FP8 function" in log
+    files = checkpoint.FileSystemReader(tmp_path / f"iter_{STEPS:07d}")
+    names = [f"decoder.layers.mlp.{part}.activation_func.alpha_{which}" for part in ("experts.experts", "shared_experts") for which in "pn"]
+    found = {name: torch.full((LAYERS, 1), torch.nan, dtype=torch.bfloat16) for name in names}
+    checkpoint.load(found, storage_reader=files, no_dist=True)
+    for name, values in found.items():
+        initial = 0.2031 if name.endswith("p") else -1.0469
+        assert (values.float() - initial).abs().min() > 1e-3, f"{name} stayed where it was: {values.flatten().tolist()}"
