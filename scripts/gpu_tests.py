@@ -116,7 +116,13 @@ LONG = [
         ("fog-resume-delayed", RESUME, "resume and not moss"),
         ("fog-baselines", trainings(4), ""),
     ),
-    *split(FOG_MOE, "gpu", ("fog-moe-recipes", trainings(7), "recipe_learns"), ("fog-moe-resume", RESUME + trainings(2), "")),
+    *split(
+        FOG_MOE, "gpu",
+        ("fog-moe-recipes", trainings(7), "recipe_learns"),
+        ("fog-moe-max", trainings(5), "max_learns"),
+        ("fog-moe-max-resume", RESUME, "resume and max"),
+        ("fog-moe-resume", RESUME + trainings(2), ""),
+    ),
     *split(HEAD, "gpu", ("head-recipes", trainings(5), "recipe_learns or is_run"), ("head-options", trainings(6), "")),
     *split(
         DENSE, "multi_gpu",
@@ -137,7 +143,7 @@ LONG = [
         ("fog-2-pp", trainings(3), "pipeline"),
         ("fog-2-dp", trainings(3), ""),
     ),
-    Group("fog-2-moe", "multi_gpu", (FOG_MOE,), trainings(4)),
+    *split(FOG_MOE, "multi_gpu", ("fog-2-moe-max", trainings(4), "max"), ("fog-2-moe", trainings(4), "")),
     Group("head-2", "multi_gpu", (HEAD,), trainings(3)),
 ]  # fmt: skip
 LONG.sort(key=lambda group: -group.seconds * group.gpus)  # what takes most first, so that none is left over at the end
