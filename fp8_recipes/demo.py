@@ -99,7 +99,7 @@ def choose_device(wanted: str) -> tuple[str, str]:
             raise DemoError(f"--device cuda: torch {torch.__version__} sees no CUDA device; use --device cpu, or install a CUDA build of torch")
         return "cpu", "torch sees no CUDA device"
     capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    if capability < (9, 0):
+    if capability[0] != 9:
         if wanted == "cuda":
             raise DemoError(f"--device cuda: {name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.0 (Hopper); use --device cpu")
         return "cpu", f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.0 (Hopper)"

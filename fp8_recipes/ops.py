@@ -12,13 +12,22 @@ from typing import Any
 import torch
 
 from . import reference
+from .recipe import RecipeError
 from .reference import GroupedTensor, RowLayout, RowMap, SendMap, dequantize, grouped_exact, rows_for
 from .tensor import ScaledTensor
+
+
+def refuse_wrong_device(way_out: str = "Use tensors on the CPU (reference numerics), or leave these layers in bf16") -> None:
+    """RecipeError unless this process's GPU can run the kernels (compute capability 9.x)."""
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        raise RecipeError(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; these recipes need Hopper (9.0). {way_out}")
 
 
 @cache
 def _kernels() -> Any:
     """Triton is imported where there is a GPU to use it."""
+    refuse_wrong_device()
     from . import kernels
 
     return kernels

@@ -173,10 +173,11 @@ def test_device_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert choose_device("auto")[0] == "cpu"
-    with pytest.raises(DemoError, match="Old GPU has compute capability 8.0"):
-        choose_device("cuda")
+    for capability in ((8, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert choose_device("auto")[0] == "cpu"
+        with pytest.raises(DemoError, match=rf"Old GPU has compute capability {capability[0]}\.0"):
+            choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert choose_device("auto") == ("cuda", "Old GPU")
 

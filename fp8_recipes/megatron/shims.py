@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..recipe import RecipeError
+from .. import ops
 from ..te.shims import replace
 from . import arguments, attention_arguments, fog_arguments, metrics
 
@@ -64,9 +64,9 @@ def _megatron_version() -> str | None:
 def install() -> None:
     """Apply every shim once. Call it before Megatron parses its arguments."""
     require_megatron()
-    from ..te.shims import delayed_maxima, require_transformer_engine
+    from ..te.shims import delayed_maxima, import_transformer_engine
 
-    require_transformer_engine()
+    import_transformer_engine()
     fused_weight_gradient()  # before megatron.core is imported: it looks for the module at import
     refuse_patched_megatron()
     recipe_flag()
@@ -350,10 +350,5 @@ def accumulate_weight_gradient(total_input: torch.Tensor, grad_output: torch.Ten
 
 
 def refuse_wrong_device() -> None:
-    """Raise unless this process's GPU can run the FP8 kernels (compute capability 9.x)."""
-    major, minor = torch.cuda.get_device_capability()
-    if major != 9:
-        raise RecipeError(
-            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; these recipes need Hopper (9.0). "
-            "Use --fp8-recipe bf16, or Megatron's own mxfp8 on Blackwell"
-        )
+    """RecipeError unless this process's GPU can run the FP8 kernels."""
+    ops.refuse_wrong_device("Use --fp8-recipe bf16, or Megatron's own mxfp8 on Blackwell")

@@ -145,20 +145,17 @@ def fp8_weights(model: torch.nn.Module, dense: bool = True, experts: bool = Fals
 
     The group is that of the tensor-parallel ranks that hold the other shards, None if unsharded; an expert's weight is whole on one rank.
     """
-    from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, LayerNormMLP, Linear
+    from transformer_engine.pytorch import GroupedLinear
 
+    from ..te.factory import weights_of
     from . import head
 
     yield from head.predicted_weights(model)
+    if dense:
+        yield from ((weight, group) for _, weight, group in weights_of(model))
     for module in model.modules():
         if experts and isinstance(module, GroupedLinear):
             yield from ((parameter, None) for parameter in module.parameters(recurse=False) if parameter.dim() == 2)
-        if dense and isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
-            sharded = module.tp_size > 1 and (isinstance(module, LayerNormMLP) or module.parallel_mode in ("column", "row"))
-            group = module.tp_group if sharded else None
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() == 2:
-                    yield parameter, group
 
 
 def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..weight_scaling import WeightScaling
 
-__all__ = ["automatic_scaling", "install", "recipe", "te_weights"]
+__all__ = ["automatic_scaling", "install", "recipe"]
 
 
 def install() -> None:
@@ -31,32 +31,27 @@ def recipe(spec: str | Recipe) -> Any:
     """A TransformerEngine recipe for ``te.autocast(recipe=...)``: ``"moss"``, ``"moss:interval=200"`` or a `Recipe`. The same spec gives the same object.
 
     `Recipe.head` has no say here: it is about Megatron's output layer. Raises RecipeError for "bf16" (leave autocast off instead), ImportError or RuntimeError
-    when TransformerEngine is missing or of an untested version.
+    when TransformerEngine is missing, broken or of an untested version.
     """
-    from .shims import require_transformer_engine
+    from .shims import import_transformer_engine
 
-    require_transformer_engine()
+    import_transformer_engine()
     from .factory import build
 
     return build(spec)
 
 
-def te_weights(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of every weight that a TransformerEngine linear module of ``model`` casts to FP8."""
-    from .factory import weights_of
-
-    return weights_of(model)
-
-
 def automatic_scaling(model: torch.nn.Module, optimizer: torch.optim.Optimizer, interval: int = 500) -> WeightScaling:
     """Put every TransformerEngine linear weight of ``model`` under automatic weight scaling driven by ``optimizer``'s learning rates.
 
-    Call once, after both exist. After loading or saving a checkpoint call ``.reanchor()`` on the result, so that a resumed run has the same bits.
+    Call once, after both exist, and after ``set_tensor_parallel_group``: tensor-parallel shards of a weight share one scale, which their ranks agree on. After
+    loading or saving a checkpoint call ``.reanchor()`` on the result, so that a resumed run has the same bits.
     """
     from ..weight_scaling import WeightScaling
+    from .factory import weights_of
 
     scaling = WeightScaling(interval=interval)
-    for _, weight in te_weights(model):
-        scaling.track(weight)
+    for _, weight, group in weights_of(model):
+        scaling.track(weight, group)
     scaling.attach(optimizer)
     return scaling

@@ -13,6 +13,7 @@ from transformer_engine.common.recipe import Format as TEFormat
 from transformer_engine.pytorch import IdentityQuantizer, QuantizerRole
 from transformer_engine.pytorch.quantization import DelayedScalingRequest
 
+from .. import ops
 from ..recipe import Recipe, RecipeError, from_name
 from .quantizers import FP8Quantizer
 from .shims import install
@@ -73,6 +74,8 @@ def _build(value: Recipe) -> FP8Recipe | DelayedScaling:
         return DelayedScaling(
             fp8_format=TEFormat.HYBRID if hybrid else TEFormat.E4M3, amax_history_len=HISTORY, amax_compute_algo="max", fp8_dpa=fp8_attention
         )
+    if torch.cuda.is_available():
+        ops.refuse_wrong_device("Use one of TransformerEngine's own recipes, or no autocast")
     install()
     return FP8Recipe(
         qfactory=Factory(value),
@@ -83,14 +86,19 @@ def _build(value: Recipe) -> FP8Recipe | DelayedScaling:
     )
 
 
-def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of the 2-D weights of every Linear, LayerNormLinear and LayerNormMLP in ``model``."""
+def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter, Any]]:
+    """(name, parameter, process group) of the 2-D weights of every Linear, LayerNormLinear and LayerNormMLP in ``model``.
+
+    The group is that of the tensor-parallel ranks that hold the other shards of the weight, None if it is whole.
+    """
     from transformer_engine.pytorch import LayerNormLinear, LayerNormMLP, Linear
 
-    found: list[tuple[str, torch.nn.Parameter]] = []
+    found: list[tuple[str, torch.nn.Parameter, Any]] = []
     for prefix, module in model.named_modules():
         if isinstance(module, (Linear, LayerNormLinear, LayerNormMLP)):
-            found += [(f"{prefix}.{name}" if prefix else name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+            sharded = module.tp_size > 1 and (isinstance(module, LayerNormMLP) or module.parallel_mode in ("column", "row"))
+            group = module.tp_group if sharded else None
+            found += [(f"{prefix}.{name}" if prefix else name, p, group) for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
     return found
 
 

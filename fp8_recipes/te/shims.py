@@ -29,9 +29,21 @@ def require_transformer_engine() -> None:
         )
 
 
+def import_transformer_engine() -> None:
+    """`require_transformer_engine`; and ImportError in one sentence where it is there and does not import, as pip leaves it without its PyTorch extension."""
+    require_transformer_engine()
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError, AssertionError) as error:
+        raise ImportError(
+            f"TransformerEngine is installed but does not import ({error}); its PyTorch extension is a package of its own: "
+            "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]>=2.19,<2.21' (docs/megatron.md has what to do about cuDNN)"
+        ) from error
+
+
 def install() -> None:
     """Apply every shim once."""
-    require_transformer_engine()
+    import_transformer_engine()
     _own_products()
     _bias_gradient()
     _fused_swiglu()

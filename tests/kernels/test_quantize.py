@@ -9,7 +9,7 @@ import torch
 from assertions import assert_bitwise
 from data import all_codes, nasty
 
-from fp8_recipes import reference
+from fp8_recipes import RecipeError, ops, reference
 from fp8_recipes.formats import E4M3, E5M2, FORMATS, pow2
 from fp8_recipes.kernels import common, rows
 from fp8_recipes.tensor import GRANULARITIES, ScaledTensor
@@ -183,6 +183,14 @@ def test_wrong_device_names_the_remedy(monkeypatch):
     monkeypatch.setattr(common, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="fp8_recipes.ops"):
         quantize.quantize(torch.ones(2, 32), "row")
+
+
+@pytest.mark.parametrize(("name", "capability"), [("NVIDIA L40S", (8, 9)), ("NVIDIA B200", (10, 0))])
+def test_another_gpu_is_refused_before_the_first_kernel(monkeypatch, name, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    with pytest.raises(RecipeError, match=rf"{name} has compute capability {capability[0]}\.{capability[1]}; .*Hopper.*CPU"):
+        ops._kernels.__wrapped__()
 
 
 @pytest.mark.gpu

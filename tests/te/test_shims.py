@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import pickle
 import types
@@ -44,6 +45,25 @@ def test_the_version_is_read_once(monkeypatch):
     for _ in range(3):
         shims.require_transformer_engine()
     assert asked == ["transformer-engine"]
+
+
+def test_an_installation_that_does_not_import_is_one_sentence(monkeypatch):
+    """As pip leaves it without [pytorch]: the Python files are there, the extension is not, and TransformerEngine raises FileNotFoundError."""
+    from fp8_recipes import te
+    from fp8_recipes.te import shims
+
+    def broken(name, *rest):
+        if name == "transformer_engine.pytorch":
+            raise FileNotFoundError("Could not find shared object file for Transformer Engine torch lib.")
+        return real(name, *rest)
+
+    real = builtins.__import__
+    monkeypatch.setattr(metadata, "version", lambda name: "2.20.2")
+    shims.require_transformer_engine.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(ImportError, match=r"does not import \(Could not find .*pip install .*\[core-cu13,pytorch\]") as error:
+        te.recipe("moss")
+    assert "\n" not in str(error.value)
 
 
 def test_wrappers_of_one_function_stack_and_are_put_there_once():
@@ -89,6 +109,63 @@ def test_bf16_has_no_te_recipe():
 
     with pytest.raises(RecipeError, match="without te.autocast"):
         recipe("bf16")
+
+
+def test_another_gpu_than_hopper_is_refused_when_the_recipe_is_made(monkeypatch):
+    _te_or_skip()
+    import torch
+
+    from fp8_recipes.te import recipe
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    with pytest.raises(RecipeError, match=r"B200 has compute capability 10.0; these recipes need Hopper \(9.0\). Use one of TransformerEngine's"):
+        recipe("row:interval=77")  # made by no other test: a recipe that exists already has been through this
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert recipe("row:interval=77").custom()
+
+
+def test_shards_of_a_weight_share_the_scale_of_their_group(monkeypatch):
+    """Automatic scaling hands TransformerEngine's tensor-parallel group on, where the module holds a shard."""
+    te = _te_or_skip()
+    import torch
+
+    from fp8_recipes.te import automatic_scaling
+    from fp8_recipes.weight_scaling import ATTRIBUTE
+
+    class Linear(torch.nn.Linear):
+        def __init__(self, tp_size, parallel_mode, tp_group):
+            super().__init__(16, 16)
+            self.tp_size, self.parallel_mode, self.tp_group = tp_size, parallel_mode, tp_group
+
+    class LayerNormMLP(Linear):
+        pass
+
+    for cls in (Linear, LayerNormMLP):
+        monkeypatch.setattr(te, cls.__name__, cls)
+    kinds = [Linear(2, "column", "ranks"), Linear(2, "row", "ranks"), Linear(2, None, "ranks"), Linear(1, "row", "ranks"), LayerNormMLP(2, None, "ranks")]
+    model = torch.nn.Sequential(*kinds, torch.nn.LayerNorm(16))
+    clock = automatic_scaling(model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95)), interval=3)
+    assert [getattr(m.weight, ATTRIBUTE).group for m in kinds] == ["ranks", "ranks", None, None, "ranks"]
+    assert clock.effective_interval == 3 and not hasattr(kinds[0].bias, ATTRIBUTE) and not hasattr(model[-1].weight, ATTRIBUTE)
+
+
+@pytest.mark.parametrize("kind", ["input", "grad_output"])
+def test_quantizers_name_what_they_cannot_take(kind):
+    _te_or_skip()
+    import torch
+
+    from fp8_recipes import from_name
+    from fp8_recipes.te.quantizers import FP8Quantizer
+
+    quantizer = FP8Quantizer(from_name("moss"), kind)
+    with pytest.raises(ValueError, match=r"no tokens: .*\(0, 3, 64\).*empty batch"):
+        quantizer(torch.zeros(0, 3, 64))
+    with pytest.raises(TypeError, match="float64"):
+        quantizer(torch.zeros(16, 64, dtype=torch.float64))
+    x = torch.randn(64, 16).t()
+    assert torch.equal(quantizer(x).dequantize(), quantizer(x.contiguous()).dequantize()), "not contiguous: copied, as TransformerEngine's own do"
 
 
 def test_install_is_idempotent():
