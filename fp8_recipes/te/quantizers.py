@@ -172,7 +172,7 @@ class FP8Quantizer(Quantizer):
             operand = products.weight_operand(tensor, self.recipe, keep=cached and self._keeps(tensor))
             return QuantizedWeight(operand, self, tensor.shape, dtype or tensor.dtype)
         if tensor.numel() == 0:
-            raise ValueError(f"no tokens: a tensor of shape {tuple(tensor.shape)} has no scale. Skip the layer for an empty batch, or run it outside te.autocast")
+            raise ValueError(f"no tokens: a tensor of shape {tuple(tensor.shape)} has no scale. Skip the layer, or run it outside te.autocast")
         x = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
         cast = products.quantize_grad if self.tensor_type == "grad_output" else products.quantize_activation
         products.check_alignment(x.device, tokens=x.shape[0], features=x.shape[1])
