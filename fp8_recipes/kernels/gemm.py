@@ -62,8 +62,8 @@ def _write(
     acc,  # [BLOCK_M, BLOCK_N] fp32
     out_desc,
     out_ptr,
-    scale_a_ptr,
-    scale_b_ptr,
+    scale_a,  # [BLOCK_M] fp32
+    scale_b_ptr,  # one scale per column; None where it is in scale_a already
     bias_ptr,
     m0,
     n0,
@@ -72,8 +72,6 @@ def _write(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr,
-    STRIDE_A: tl.constexpr,  # 1: one scale per row; 0: one for the tensor
-    STRIDE_B: tl.constexpr,
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
@@ -81,16 +79,14 @@ def _write(
     if SUBTILES > 1:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        _write(left, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
-               BLOCK_M, HALF, SUBTILES // 2, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
-        _write(right, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0 + HALF, M, N,
-               BLOCK_M, HALF, SUBTILES // 2, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
+        _write(left, out_desc, out_ptr, scale_a, scale_b_ptr, bias_ptr, m0, n0, M, N, BLOCK_M, HALF, SUBTILES // 2, STORE, ACCUMULATE)
+        _write(right, out_desc, out_ptr, scale_a, scale_b_ptr, bias_ptr, m0, n0 + HALF, M, N, BLOCK_M, HALF, SUBTILES // 2, STORE, ACCUMULATE)
     else:
         row = m0 + tl.arange(0, BLOCK_M)
         col = n0 + tl.arange(0, BLOCK_N)
-        scale_a = tl.load(scale_a_ptr + row * STRIDE_A, mask=row < M, other=0.0)
-        scale_b = tl.load(scale_b_ptr + col * STRIDE_B, mask=col < N, other=0.0)
-        y = acc * scale_a[:, None] * scale_b[None, :]
+        y = acc * scale_a[:, None]
+        if scale_b_ptr is not None:
+            y *= tl.load(scale_b_ptr + col, mask=col < N, other=0.0)[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         if STORE == "reduce":
@@ -157,8 +153,11 @@ def _gemm_kernel(
         if k == blocks_k - 1:
             if PROMOTE > 1:
                 acc += total
-            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, m0, n0, M, N,
-                   BLOCK_M, BLOCK_N, SUBTILES, STRIDE_A, STRIDE_B, STORE, ACCUMULATE)  # fmt: skip
+            row = m0 + tl.arange(0, BLOCK_M)
+            scale_a = tl.load(scale_a_ptr + row * STRIDE_A, mask=row < M, other=0.0)
+            if STRIDE_B == 0:
+                scale_a *= tl.load(scale_b_ptr)
+            _write(acc, out_desc, out_ptr, scale_a, scale_b_ptr if STRIDE_B else None, bias_ptr, m0, n0, M, N, BLOCK_M, BLOCK_N, SUBTILES, STORE, ACCUMULATE)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if PROMOTE > 1:
                 total = acc

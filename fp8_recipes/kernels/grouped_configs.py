@@ -39,3 +39,8 @@ def adding(config: GroupedConfig) -> GroupedConfig:
     Asking L2 for the tile ahead, which sounds helpful, made it 7 to 14 % slower.
     """
     return replace(config, stages=4, subtiles=4) if config is WIDE else config
+
+
+def promoting(config: GroupedConfig) -> GroupedConfig:
+    """For sums that are promoted in registers: what the second accumulator spills lives in the cache that shared memory leaves, so narrow slices."""
+    return replace(config, subtiles=4) if config is WIDE else config

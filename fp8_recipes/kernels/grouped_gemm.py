@@ -29,7 +29,7 @@ from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, GroupedConfig, adding, select_config
+from .grouped_configs import SMALL, GroupedConfig, adding, promoting, select_config
 from .launch import launch, matrix_descriptor
 
 
@@ -65,15 +65,16 @@ def _grouped_gemm_kernel(
     STRIDE_B: tl.constexpr,  # 1: one scale per output feature; 0: one per expert
     STORE: tl.constexpr,
 ):
+    EARLY: tl.constexpr = PROMOTE <= 1  # a second accumulator leaves no registers for the scales
     tiles_m = _used_blocks(block_expert_ptr, rows // 128, 1024) * (128 // BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
-    scales_b = N if STRIDE_B == 1 else 1
     mine = tl.cdiv(tiles_m * tiles_n - tl.program_id(0), PROGRAMS)
     tile = tl.program_id(0) - PROGRAMS
     m0 = 0
     row_b = 0
     k = -1
+    scale_a = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PROMOTE > 1:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -83,7 +84,12 @@ def _grouped_gemm_kernel(
         if k == 0:
             tile += PROGRAMS
             m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
-            row_b = tl.load(block_expert_ptr + m0 // 128) * N + n0
+            e = tl.load(block_expert_ptr + m0 // 128)
+            row_b = e * N + n0
+            if EARLY:  # asked for while the tile is computed: its epilogue, in which no product runs, does not wait for them
+                scale_a = tl.load(scale_a_ptr + m0 + tl.arange(0, BLOCK_M))
+                if STRIDE_B == 0:
+                    scale_a *= tl.load(scale_b_ptr + e)
         a = a_desc.load([m0, k * BLOCK_K])
         # Where BLOCK_N does not divide N this reads some rows of the next expert; their columns of the result lie beyond N and are not written.
         b = b_desc.load([row_b, k * BLOCK_K])
@@ -92,8 +98,13 @@ def _grouped_gemm_kernel(
             if PROMOTE > 1:
                 acc += total
             expert = row_b // N  # computed again: one register less across the loop
-            _write(acc, out_desc, out_ptr, scale_a_ptr, scale_b_ptr + expert * scales_b, None, m0, row_b - expert * N, rows, N,
-                   BLOCK_M, BLOCK_N, SUBTILES, 1, STRIDE_B, STORE, False)  # fmt: skip
+            if not EARLY:
+                scale_a = tl.load(scale_a_ptr + m0 + tl.arange(0, BLOCK_M))
+                if STRIDE_B == 0:
+                    scale_a *= tl.load(scale_b_ptr + expert)
+            first = expert * N
+            _write(acc, out_desc, out_ptr, scale_a, scale_b_ptr + first if STRIDE_B else None, None, m0, row_b - first, rows, N,
+                   BLOCK_M, BLOCK_N, SUBTILES, STORE, False)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if PROMOTE > 1:
                 total = acc
@@ -187,14 +198,16 @@ def _grouped_wgrad_kernel(
                 _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order
             elif PROMOTE > 1:
                 acc += total
+            feature = m0 + tl.arange(0, BLOCK_M)
+            scale_a = tl.load(scale_a_ptr + expert * N + feature, mask=feature < N, other=0.0)
             if ORDER == 0:
                 matrix = table_pointer(table_ptr, expert, out_ptr, ALIGNED)
-                _write(acc, None, matrix, scale_a_ptr + expert * N, scale_b_ptr + expert * K, None, m0, n0, N, K,
-                       BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
+                _write(acc, None, matrix, scale_a, scale_b_ptr + expert * K, None, m0, n0, N, K,
+                       BLOCK_M, BLOCK_N, SUBTILES, STORE, ACCUMULATE)  # fmt: skip
             else:
                 place = expert if ORDER == 1 else experts - 1 - expert
-                _write(acc, out_desc, out_ptr, scale_a_ptr + (expert - place) * N, scale_b_ptr + expert * K, None, place * N + m0, n0, (place + 1) * N, K,
-                       BLOCK_M, BLOCK_N, SUBTILES, 1, 1, STORE, ACCUMULATE)  # fmt: skip
+                _write(acc, out_desc, out_ptr, scale_a, scale_b_ptr + expert * K, None, place * N + m0, n0, (place + 1) * N, K,
+                       BLOCK_M, BLOCK_N, SUBTILES, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if PROMOTE > 1 and not IN_OUT:
                 total = acc
@@ -258,7 +271,10 @@ def grouped_gemm(
     experts, n, _ = b.payload.shape
     out = common.empty((rows, n), out_dtype, device) if out is None else out
     programs = _multiprocessors(device)
-    config = select_config(rows, n, programs) if config is None else config
+    distance = promote // BLOCK_K if promote < k else 0
+    if config is None:
+        config = select_config(rows, n, programs)
+        config = promoting(config) if distance > 1 else config
     if TILE % config.block_m:
         raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
     by_tma = _takes_tma(out, n)
@@ -282,7 +298,7 @@ def grouped_gemm(
         BLOCK_K=BLOCK_K,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=promote // BLOCK_K if promote < k else 0,
+        PROMOTE=distance,
         STRIDE_B=int(b.scale.dim() == 2),
         STORE="tma" if by_tma else "pointer",
         num_warps=config.warps,
