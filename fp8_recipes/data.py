@@ -147,7 +147,7 @@ def byte_pairs(texts: Iterable[bytes], size: int, path: Path) -> Tokens:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise ImportError("byte pairs need the package tokenizers: pip install 'fp8_recipes[text]'; --vocab 257 (bytes) does not") from error
+        raise ImportError("byte pairs need the package tokenizers: pip install 'tokenizers>=0.21'; --vocab 257 (bytes) does not") from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)

@@ -33,7 +33,7 @@ def require_megatron() -> None:
     """ImportError if Megatron-Core is missing or lacks megatron.training, RuntimeError if its version is outside the tested range."""
     version = _megatron_version()
     if version is None:
-        raise ImportError("fp8_recipes.megatron needs Megatron-Core: pip install 'fp8_recipes[megatron]' (Python 3.12 or newer)")
+        raise ImportError("fp8_recipes.megatron needs Megatron-Core: pip install 'megatron-core>=0.19,<0.20' psutil (Python 3.12 or newer)")
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise RuntimeError(

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 SUPPORTED = ((2, 19), (2, 21))
+_INSTALL = "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]>=2.19,<2.21'"
 _MARK, _WRAPPERS = "_fp8_recipes_original", "_fp8_recipes_wrappers"
 
 
@@ -20,7 +21,7 @@ def require_transformer_engine() -> None:
     try:
         version = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
-        raise ImportError("fp8_recipes.te needs TransformerEngine: pip install 'fp8_recipes[te]'") from None
+        raise ImportError(f"fp8_recipes.te needs TransformerEngine: {_INSTALL}") from None
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise RuntimeError(
@@ -36,8 +37,8 @@ def import_transformer_engine() -> None:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError, AssertionError) as error:
         raise ImportError(
-            f"TransformerEngine is installed but does not import ({error}); its PyTorch extension is a package of its own: "
-            "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]>=2.19,<2.21' (docs/megatron.md has what to do about cuDNN)"
+            f"TransformerEngine is installed but does not import ({error}). Its PyTorch extension is a package of its own: {_INSTALL}. "
+            "For errors that name cuDNN see docs/megatron.md"
         ) from error
 
 

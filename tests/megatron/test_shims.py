@@ -60,7 +60,7 @@ def test_untested_megatron_is_refused_with_the_way_out(monkeypatch, version, wor
 
 def test_missing_megatron_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(ImportError, match=r"pip install 'fp8_recipes\[megatron\]'"):
+    with pytest.raises(ImportError, match="pip install 'megatron-core>=0.19,<0.20'"):
         shims.require_megatron()
 
 

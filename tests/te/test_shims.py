@@ -21,7 +21,7 @@ def test_missing_transformer_engine_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     shims.require_transformer_engine.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'fp8_recipes\[te\]'"):
+    with pytest.raises(ImportError, match=r"pip install .*'transformer-engine\[core-cu13,pytorch\]"):
         shims.require_transformer_engine()
 
 
