@@ -29,7 +29,7 @@ from fp8_recipes import kernels, reference
 from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.kernels.fold_transpose import TransposePlan
 from fp8_recipes.tensor import ScaledTensor
-from fp8_recipes.weight_scaling import measure_amax
+from fp8_recipes.weight_scaling import WeightScaling, measure_amax
 
 SHAPES = [(8192, 4096), (8192, 11008), (8192, 12288), (8192, 22016), (16384, 4096), (32768, 4096), (32768, 11008)]
 WEIGHTS = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (11008, 16384)]  # the last is MOSS's, for the cost of measuring a scale
@@ -320,16 +320,45 @@ def bench_host(table: Table, rounds: int) -> None:
         "swiglu_backward_quantize": partial(kernels.swiglu_backward_quantize, x, h, "micro", fold="row"),
     }
     for name, call in calls.items():
-        taken = []
-        for _ in range(rounds):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(100):
-                call()
-            taken.append((time.perf_counter() - begin) * 1e4)
-        us = statistics.median(taken)
-        table.append({"shape": "host", "op": name, "us": round(us, 2), "GB/s": "", "of_copy": ""})
-        print(f"{'host':>12}  {name:<44} {us:9.1f} us")
+        record_wall(table, "host", name, [wall(call) for _ in range(rounds)])
+
+
+def bench_weight_scales(table: Table, rounds: int) -> None:
+    """What a predicted scale saves (MOSS, section 3.2): wall time of a scale, host and GPU together, of a weight at MOSS's largest size."""
+    rows, cols = WEIGHTS[-1]
+    ws = [torch.nn.Parameter(data(rows, cols, i)) for i in range(2)]
+    clock = WeightScaling(interval=1 << 30, attached=True)
+    scales = [clock.track(w) for w in ws]
+    turn = itertools.cycle(range(2))
+    ways: dict[str, Callable[[], object]] = {
+        "scale measured, wall time": lambda: measure_amax(ws[next(turn)].detach()),
+        "scale predicted, wall time": lambda: scales[i := next(turn)].amax_and_increment(ws[i]),
+    }
+    for scale, w in zip(scales, ws, strict=True):
+        scale.amax_and_increment(w)  # anchored once, as at the start of a training
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            taken[name].append(wall(way, wait=True))
+    for name, times in taken.items():
+        record_wall(table, f"{rows}x{cols}", name, times)
+
+
+def wall(call: Callable[[], object], wait: bool = False) -> float:
+    """Microseconds of wall time that one of 100 calls takes; wait: until the GPU is done with the last."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(100):
+        call()
+    if wait:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e4
+
+
+def record_wall(table: Table, shape: str, name: str, times: list[float]) -> None:
+    us = statistics.median(times)
+    table.append({"shape": shape, "op": name, "us": round(us, 2), "GB/s": "", "of_copy": ""})
+    print(f"{shape:>12}  {name:<44} {us:9.1f} us")
 
 
 def plan_name(plan: TransposePlan) -> str:
@@ -355,7 +384,7 @@ def main() -> None:
     if args.sweep:
         sweep(tables.setdefault("kernels_sweep", []), args.rounds)
     if args.bench or everything:
-        for bench in (bench_activations, bench_weights, bench_fused, bench_loss, bench_host):
+        for bench in (bench_activations, bench_weights, bench_weight_scales, bench_fused, bench_loss, bench_host):
             bench(tables.setdefault("kernels_bench", []), args.rounds)
     for name, table in tables.items():
         if args.csv:
