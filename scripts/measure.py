@@ -126,7 +126,8 @@ def loss(name: str, minutes: int, environment: str, recipes: str, target: str) -
 
 
 PARTS = [
-    speed("dense", 7, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=bf16 tensorwise blockwise delayed moss moss:head=bf16 bf16", "megatron_dense_8l_7b.csv"),
+    speed("dense", 7, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=bf16 tensorwise blockwise delayed moss moss:head=bf16 bf16",
+          "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
     speed("moe", 7, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
           f'"bf16@32 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" blockwise tensorwise "fp8_flow_moe:head=bf16 {FUSED_ROUTER}" '
