@@ -4,7 +4,7 @@
 #   scripts/loss_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=gpt_104m STEPS=800 TEXT_MB=150 scripts/loss_megatron.sh out bf16 moss tensorwise
 #   PARALLEL=2 scripts/loss_megatron.sh out bf16 moss tensorwise      # all at once, in turn on two GPUs (of CUDA_VISIBLE_DEVICES, if that is set)
-#   START=300 scripts/loss_megatron.sh out bf16 moss tensorwise       # the first recipe for 300 steps, then every recipe from that checkpoint
+#   START=300 scripts/loss_megatron.sh out bf16 moss tensorwise       # the first recipe leaves a checkpoint at step 300, the others continue from it
 #
 # Small models scatter by most of a percent from scratch, two bf16 runs included; from a common start a band of 0.25 % can be measured (docs/benchmarks.md).
 # Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Its tokens are bytes, as the models of the loss runs expect;
@@ -37,8 +37,6 @@ read -r -a extra <<<"${EXTRA:-}"
 train() {
   local recipe=$1 name=$2 status=0
   shift 2
-  rm -f "$out/$name.jsonl"
-  [[ -z "$start" || "$name" == start ]] || cp "$out/start.jsonl" "$out/$name.jsonl"
   "$here/launch.sh" --model "${MODEL:-gpt_104m}" --recipe "$recipe" --gpus "${GPUS:-1}" --steps "$steps" --data "$data" --log "$out/$name.jsonl" \
     -- --seed "${SEED:-1234}" --data-cache-path "$out/cache/$name" "${extra[@]}" "$@" >"$out/$name.log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
@@ -48,15 +46,21 @@ train() {
   return "$status"
 }
 
-resume=()
-if [[ -n "$start" ]]; then
-  checkpoint=(--ckpt-format torch_dist)
-  if [[ ! -f "$out/start_checkpoint/latest_checkpointed_iteration.txt" ]]; then  # written last: a killed start is made again
-    echo "== $1 to step $start -> $out/start_checkpoint"
-    train "$1" start "${checkpoint[@]}" --exit-interval "$start" --save-interval "$start" --save "$out/start_checkpoint"
+baseline=$1 checkpoint=$out/start_checkpoint
+started() { [[ -f "$checkpoint/latest_checkpointed_iteration.txt" ]]; }  # written last: a start that was killed is made again
+# prepare NAME: sets options, and NAME.jsonl to the steps before the run begins. With START the baseline leaves a checkpoint there as it passes.
+prepare() {
+  options=()
+  if [[ -n "$start" ]] && started; then
+    options=(--ckpt-format torch_dist --load "$checkpoint" --ckpt-step "$start")
+    head -n "$start" "$out/${baseline//[:,=\/]/_}.jsonl" >"$out/$1.jsonl.start"
+    mv "$out/$1.jsonl.start" "$out/$1.jsonl"
+  else
+    rm -f "$out/$1.jsonl"
+    [[ -z "$start" ]] || options=(--ckpt-format torch_dist --save-interval "$start" --save "$checkpoint")
   fi
-  resume=("${checkpoint[@]}" --load "$out/start_checkpoint")
-fi
+}
+
 logs=() jobs=() index=0
 for recipe in "$@"; do
   name=${recipe//[:,=\/]/_}
@@ -65,13 +69,21 @@ for recipe in "$@"; do
     echo "== $recipe: $out/$name.jsonl has all $steps steps"
     continue
   fi
+  while [[ -n "$start" && "$recipe" != "$baseline" ]] && ! started; do  # in parallel: until the baseline has come so far
+    if [[ ${#jobs[@]} -eq 0 ]] || ! kill -0 "${jobs[0]}" 2>/dev/null; then
+      echo "loss_megatron.sh: no checkpoint of $baseline at step $start in $checkpoint" >&2
+      exit 1
+    fi
+    sleep 1
+  done
   echo "== $recipe -> $out/$name.jsonl"
+  prepare "$name"
   if [[ -n "$parallel" ]]; then
-    CUDA_VISIBLE_DEVICES=${gpus[index % parallel]} MASTER_PORT=$((${MASTER_PORT:-29500} + index)) train "$recipe" "$name" "${resume[@]}" &
+    CUDA_VISIBLE_DEVICES=${gpus[index % parallel]} MASTER_PORT=$((${MASTER_PORT:-29500} + index)) train "$recipe" "$name" "${options[@]}" &
     jobs+=($!)
     index=$((index + 1))
   else
-    train "$recipe" "$name" "${resume[@]}"
+    train "$recipe" "$name" "${options[@]}"
   fi
 done
 for job in "${jobs[@]}"; do

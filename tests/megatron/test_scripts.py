@@ -175,17 +175,21 @@ def test_benchmark_gives_a_run_flags_of_its_own(tmp_path):
 
 
 FAKE_PYTHON = """#!/bin/sh
-# Stands in for torchrun: writes the log that --fp8-log names, to the step of --exit-interval, after step 1 with --load; the rest goes to the real interpreter.
-log="" steps="1 2 3"
+# Stands in for torchrun: writes the log that --fp8-log names, after step 1 with --load; the rest goes to the real interpreter.
+log="" steps="1 2 3" save="" status=0
 for word in "$@"; do
   [ "$previous" = --fp8-log ] && log=$word
-  [ "$previous" = --exit-interval ] && steps=1
   [ "$previous" = --load ] && steps="2 3"
-  [ "$previous" = --save ] && mkdir -p "$word" && echo 1 > "$word/latest_checkpointed_iteration.txt"
+  [ "$previous" = --save ] && save=$word
+  [ "$previous" = --seed ] && [ "$word" = 666 ] && status=9
   previous=$word
 done
 if [ -n "$log" ]; then
-  for n in $steps; do echo '{"iteration": '$n', "lm_loss_hex": "0x1.8p+1"}' >> "$log"; done
+  for n in $steps; do
+    echo '{"iteration": '$n', "lm_loss_hex": "0x1.8p+1"}' >> "$log"
+    [ $status -eq 0 ] || exit $status
+    [ -n "$save" ] && mkdir -p "$save" && echo 1 > "$save/latest_checkpointed_iteration.txt" && sleep 0.2
+  done
   echo "gpu=$CUDA_VISIBLE_DEVICES $*"
   exit 0
 fi
@@ -231,18 +235,41 @@ def test_loss_script_takes_the_visible_gpus_in_turn(tmp_path, fake):
     assert refused.returncode == 2 and "PARALLEL=3, but CUDA_VISIBLE_DEVICES=3,1 has 2 GPUs" in refused.stderr
 
 
-def test_loss_script_from_a_common_start(tmp_path, fake):
+@pytest.mark.parametrize("parallel", ["", "2"])
+def test_loss_script_from_a_common_start(tmp_path, fake, parallel):
     out = tmp_path / "out"
-    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "1"}
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "1", "PARALLEL": parallel}
     result = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", **environment)
     assert result.returncode == 0, result.stderr
-    assert "--exit-interval 1 --save-interval 1 --save" in (out / "start.log").read_text()
+    assert f"--save-interval 1 --save {out}/start_checkpoint" in (out / "bf16.log").read_text()
+    assert "--load" not in (out / "bf16.log").read_text(), "the baseline passes the start and goes on"
+    log = (out / "moss.log").read_text()
+    assert f"--load {out}/start_checkpoint --ckpt-step 1" in log and "--save " not in log
     for name in ("bf16", "moss"):
         assert [json.loads(line)["iteration"] for line in (out / f"{name}.jsonl").read_text().splitlines()] == [1, 2, 3]
-        log = (out / f"{name}.log").read_text()
-        assert f"--load {out}/start_checkpoint" in log and "--save " not in log
+
+
+def test_loss_script_goes_on_where_it_was_killed(tmp_path, fake):
+    out = tmp_path / "out"
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "1"}
+    assert run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", **environment).returncode == 0
+    for name, left in (("bf16", 2), ("moss", 1)):
+        lines = (out / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (out / f"{name}.jsonl").write_text("".join(lines[:left]))
     again = run(SCRIPTS / "loss_megatron.sh", out, "bf16", "moss", "tensorwise", **environment)
-    assert again.returncode == 0 and "to step 1 ->" not in again.stdout and "== tensorwise ->" in again.stdout, "the checkpoint is there already"
+    assert again.returncode == 0, again.stderr
+    for name in ("bf16", "moss", "tensorwise"):
+        assert [json.loads(line)["iteration"] for line in (out / f"{name}.jsonl").read_text().splitlines()] == [1, 2, 3]
+        assert "--ckpt-step 1" in (out / f"{name}.log").read_text()
+
+
+@pytest.mark.parametrize("parallel", ["", "2"])
+def test_loss_script_ends_when_the_baseline_dies_before_the_start(tmp_path, fake, parallel):
+    environment = {"PYTHON": str(fake), "DATA": "some/text", "STEPS": "3", "START": "2", "PARALLEL": parallel, "SEED": "666"}
+    result = run(SCRIPTS / "loss_megatron.sh", tmp_path / "out", "bf16", "moss", **environment)
+    assert result.returncode != 0 and "bf16 ended with status 9" in result.stderr
+    assert ("no checkpoint of bf16 at step 2" in result.stderr) == bool(parallel)
+    assert not (tmp_path / "out" / "moss.log").exists()
 
 
 FAKE_DIVERGENCE = """#!/bin/sh
