@@ -14,9 +14,12 @@ EXPERTS, K = 8, 3
 SPLITS = {"usual": 55, "no tokens on rank 1": 90, "all tokens to rank 1": 40, "one expert for all": 45}
 """Tokens of rank 0, of 90."""
 SAVED = {"usual": ("activation", "h", "input")}
+XIELU = ("usual", "all tokens to rank 1")
+RUNS = [(name, saved, "swiglu") for name in SPLITS for saved in SAVED.get(name, ("h",))] + [(name, "h", "xielu") for name in XIELU]
+"""Splits, moe_saved, activation."""
 
 
-def whole(name: str) -> Case:
+def whole(name: str, activation: str) -> Case:
     """The tokens of all ranks, one after the other."""
     index = top_k(90, K, EXPERTS)
     index[::7, 1] = -1
@@ -24,7 +27,7 @@ def whole(name: str) -> Case:
         index = torch.where(index < 0, index, index % 4 + 4)
     if name == "one expert for all":
         index = torch.full((90, 1), 6)
-    return case(index, EXPERTS)
+    return case(index, EXPERTS, activation=activation)
 
 
 def part(c: Case, name: str, rank: int, world: int) -> Case:
@@ -32,7 +35,7 @@ def part(c: Case, name: str, rank: int, world: int) -> Case:
     begin, end = (0, SPLITS[name]) if rank == 0 else (SPLITS[name], 90)
     local = EXPERTS // world
     mine = slice(rank * local, (rank + 1) * local)
-    return Case(c.x[begin:end], c.index[begin:end], c.prob[begin:end], c.w1[mine], c.w2[mine], c.dy[begin:end])
+    return Case(c.x[begin:end], c.index[begin:end], c.prob[begin:end], c.w1[mine], c.w2[mine], c.dy[begin:end], c.activation, c.alpha)
 
 
 def work(rank: int, world: int, backend: str, store: str, out: str) -> None:
@@ -41,12 +44,11 @@ def work(rank: int, world: int, backend: str, store: str, out: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    dispatcher, found = AllToAll(), dict[str, Results]()
-    for name in SPLITS:
-        for saved in SAVED.get(name, ("h",)):
-            mine = part(whole(name), name, rank, world).to(device)
-            got = results(mine, flow(f"fp8_flow_moe:moe_saved={saved}", dispatcher=dispatcher, num_experts=EXPERTS))
-            found[f"{name}, {saved}"] = {key: t.cpu() for key, t in got.items()}
+    dispatcher, found = AllToAll(), dict[tuple[str, str, str], Results]()
+    for name, saved, activation in RUNS:
+        mine = part(whole(name, activation), name, rank, world).to(device)
+        got = results(mine, flow(f"fp8_flow_moe:moe_saved={saved}", activation=activation, dispatcher=dispatcher, num_experts=EXPERTS))
+        found[name, saved, activation] = {key: t.cpu() for key, t in got.items()}
     torch.save(found, f"{out}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

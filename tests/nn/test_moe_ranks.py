@@ -9,11 +9,11 @@ import torch
 from assertions import assert_bitwise, assert_snr
 from moe_cases import Results, flow, results
 
-RUNS: dict[str, list[dict[str, Results]]] = {}
+RUNS: dict[str, list[dict[tuple[str, str, str], Results]]] = {}
 
 
 @pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Results]]]:
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[tuple[str, str, str], Results]]]:
     """(device, what each rank handed back)."""
     backend = request.param
     if backend not in RUNS:
@@ -26,11 +26,11 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return "cpu" if backend == "gloo" else "cuda", RUNS[backend]
 
 
-@pytest.mark.parametrize("name", [f"{name}, {saved}" for name in moe_worker.SPLITS for saved in moe_worker.SAVED.get(name, ("h",))])
-def test_two_ranks_equal_one(ranks: tuple[str, list[dict[str, Results]]], name: str) -> None:
+@pytest.mark.parametrize("name", moe_worker.RUNS, ids=", ".join)
+def test_two_ranks_equal_one(ranks: tuple[str, list[dict[tuple[str, str, str], Results]]], name: tuple[str, str, str]) -> None:
     device, found = ranks
-    got, (label, saved) = [one[name] for one in found], name.rsplit(", ", 1)
-    want = results(moe_worker.whole(label).to(device), flow(f"fp8_flow_moe:moe_saved={saved}"))
+    got, (label, saved, activation) = [one[name] for one in found], name
+    want = results(moe_worker.whole(label, activation).to(device), flow(f"fp8_flow_moe:moe_saved={saved}", activation=activation))
     # Each expert sees the same rows in the same order: same bits. A token's copies are added up on each rank by itself, so bf16 rounds once more.
     for key in ("dprob", "dw1", "dw2"):
         assert_bitwise(torch.cat([one[key] for one in got]), want[key].cpu(), key)
@@ -38,3 +38,6 @@ def test_two_ranks_equal_one(ranks: tuple[str, list[dict[str, Results]]], name: 
         assert_snr(want[key].cpu(), torch.cat([one[key] for one in got]), 48.0, key)
         if label in ("all tokens to rank 1", "one expert for all"):
             assert_bitwise(torch.cat([one[key] for one in got]), want[key].cpu(), key)
+    if activation == "xielu":  # each rank has the rows of its experts: they add up to all rows
+        torch.testing.assert_close(sum(one["dalpha"] for one in got), want["dalpha"].cpu(), rtol=1e-5, atol=1e-4)
+        assert got[0]["dalpha"].any() == (label != "all tokens to rank 1")
