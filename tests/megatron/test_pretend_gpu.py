@@ -93,11 +93,12 @@ def test_watching_changes_no_bit(train):
     assert train("fog_tiny", "moss", flags)[0] == train("fog_tiny", "moss", f"{flags} --fp8-metrics-interval 1000")[0]
 
 
-def test_resume_is_bitwise_with_metrics(train, tmp_path):
+@pytest.mark.parametrize(("model", "recipe"), [("fog_tiny", "moss"), ("fog_moe_tiny", "fp8_flow_moe")])
+def test_resume_is_bitwise_with_metrics(train, tmp_path, model, recipe):
     flags = f"--fog max --save {tmp_path} --save-interval 2"
-    whole = train("fog_tiny", "moss", flags)[0]
+    whole = train(model, recipe, flags)[0]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = train("fog_tiny", "moss", f"--fog max --load {tmp_path}")[0]
+    resumed = train(model, recipe, f"--fog max --load {tmp_path}")[0]
     assert resumed == {step: whole[step] for step in (3, 4)}
 
 
