@@ -50,7 +50,10 @@ SWEEP: dict[str, GroupedConfig] = {
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
     "128x256 s3 add (wgrad)": replace(WIDE, store="add"),
     "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
-    "128x256 s4 (wgrad)": replace(WIDE, stages=4),
+    "128x256 s4 sub4 (wgrad)": replace(WIDE, stages=4, subtiles=4),
+    "128x256 s2 sub1 reduce (wgrad)": replace(WIDE, stages=2, subtiles=1, store="reduce"),  # the tile leaves at once, while the next one is computed
+    "128x256 s4 k64 sub1 reduce (wgrad)": replace(WIDE, stages=4, subtiles=1, block_k=64, store="reduce"),
+    "128x256 s6 k64 sub1": replace(WIDE, stages=6, subtiles=1, block_k=64),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]

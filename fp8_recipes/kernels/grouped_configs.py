@@ -6,14 +6,16 @@ import functools
 from dataclasses import dataclass, replace
 
 from .common import cdiv
-from .gemm_configs import GemmConfig
+from .gemm_configs import BLOCK_K, GemmConfig
 
 
 @dataclass(frozen=True)
 class GroupedConfig(GemmConfig):
-    """`GemmConfig` with one more. resident: programs per multiprocessor; with two, one computes while the other writes its tile."""
+    """`GemmConfig` with two more. resident: programs per multiprocessor; with two, one computes while the other writes its tile. block_k: elements of the
+    contraction per stage, a divisor of 128."""
 
     resident: int = 1
+    block_k: int = BLOCK_K
 
 
 WIDE = GroupedConfig(128, 256, stages=3, subtiles=2, store="atomic")

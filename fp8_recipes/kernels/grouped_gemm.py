@@ -271,10 +271,10 @@ def grouped_gemm(
     experts, n, _ = b.payload.shape
     out = common.empty((rows, n), out_dtype, device) if out is None else out
     programs = _multiprocessors(device)
-    distance = promote // BLOCK_K if promote < k else 0
+    promote = promote if promote < k else 0
     if config is None:
         config = select_config(rows, n, programs)
-        config = promoting(config) if distance > 1 else config
+        config = promoting(config) if promote > BLOCK_K else config
     if TILE % config.block_m:
         raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
     by_tma = _takes_tma(out, n)
@@ -282,8 +282,8 @@ def grouped_gemm(
     launch(
         _grouped_gemm_kernel,
         (programs,),
-        matrix_descriptor(a.payload, rows, k, (config.block_m, BLOCK_K)),
-        matrix_descriptor(b.payload, experts * n, k, (config.block_n, BLOCK_K)),
+        matrix_descriptor(a.payload, rows, k, (config.block_m, config.block_k)),
+        matrix_descriptor(b.payload, experts * n, k, (config.block_n, config.block_k)),
         matrix_descriptor(out, rows, n, (config.block_m, config.block_n // config.subtiles)) if by_tma else None,
         out,
         a.scale,
@@ -295,10 +295,10 @@ def grouped_gemm(
         PROGRAMS=programs,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=config.block_k,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=distance,
+        PROMOTE=promote // config.block_k,
         STRIDE_B=int(b.scale.dim() == 2),
         STORE="tma" if by_tma else "pointer",
         num_warps=config.warps,
@@ -345,10 +345,10 @@ def grouped_wgrad(
     if first.device != device:
         raise ValueError(f"out is on {first.device}, the operands are on {device}; keep them together")
     programs = _multiprocessors(device)
-    distance = promote // BLOCK_K if promote < rows else 0
-    in_out = accumulate and first.dtype == torch.float32 and distance > 1
+    promote = promote if promote < rows else 0
+    in_out = accumulate and first.dtype == torch.float32 and promote > BLOCK_K
     if config is None:  # a total in registers beside the accumulator fits the small tile only
-        config = SMALL if distance > 1 and not in_out else select_config(experts * n, k, programs)
+        config = SMALL if promote > BLOCK_K and not in_out else select_config(experts * n, k, programs)
         config = adding(config) if accumulate and first.dtype == torch.float32 else config
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
@@ -359,8 +359,8 @@ def grouped_wgrad(
     launch(
         _grouped_wgrad_kernel,
         (programs,),
-        matrix_descriptor(a_t.payload, n, rows, (config.block_m, BLOCK_K)),
-        matrix_descriptor(b_t.payload, k, rows, (config.block_n, BLOCK_K)),
+        matrix_descriptor(a_t.payload, n, rows, (config.block_m, config.block_k)),
+        matrix_descriptor(b_t.payload, k, rows, (config.block_n, config.block_k)),
         matrix_descriptor(first, experts * n, k, (config.block_m, config.block_n // config.subtiles)) if store in ("tma", "reduce") else None,
         first,
         table,
@@ -375,10 +375,10 @@ def grouped_wgrad(
         PROGRAMS=programs,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=config.block_k,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=distance,
+        PROMOTE=promote // config.block_k,
         IN_OUT=in_out,
         STORE=store,
         ACCUMULATE=accumulate,

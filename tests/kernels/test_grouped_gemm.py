@@ -92,6 +92,18 @@ def test_gemm_formats_scales_promotion_and_stores(fmt: Format, per_feature: bool
     assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
 
 
+@pytest.mark.parametrize("promote", [0, 128, 256])
+def test_half_as_many_elements_a_stage(promote: int) -> None:
+    config = replace(TILE, block_k=64, store="reduce", stages=4)
+    a, b, block_expert, used = operands((1, 0, 2), 48, 448)
+    got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote, config=config)
+    assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
+    a_t, b_t, offsets = transposed((3, 0, 1), 64, 96)
+    before = torch.ones(3, 64, 96, device=DEVICE)
+    got = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True, promote=promote, config=config)
+    assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True))
+
+
 def test_default_config_writes_bf16() -> None:
     a, b, block_expert, used = operands((1, 1), 160, 128)
     got = grouped_gemm(a, b, block_expert)
