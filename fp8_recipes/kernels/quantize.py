@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..formats import E4M3, Format, global_scale_from_amax
+from ..reference.fold import block_maximum, check_fold
 from ..reference.quantize import _check_options, tile_exponents
 from ..tensor import MICRO, TILE, ScaledTensor, check_matrix, scale_shape
 from . import common
@@ -152,10 +153,12 @@ def _fold_kernel(
     target_stride,
     ROWS_PER_SCALE: tl.constexpr,
     COLS_PER_SCALE: tl.constexpr,
+    ROWS_PER_TARGET: tl.constexpr,
+    COLS_PER_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
     E5M2: tl.constexpr,
 ):
-    """One program shifts BLOCK columns of one row. COLS_PER_SCALE 0: one source scale per row."""
+    """One program shifts BLOCK columns of one row. COLS_PER_SCALE, COLS_PER_TARGET 0: one for the whole row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < cols
@@ -164,7 +167,11 @@ def _fold_kernel(
         source = tl.load(source_ptr + column // COLS_PER_SCALE, mask=mask, other=1).to(tl.int32)
     else:
         source = tl.load(source_ptr).to(tl.int32) + tl.zeros_like(column)
-    target = tl.load(target_ptr + row * target_stride).to(tl.int32)
+    target_ptr += (row // ROWS_PER_TARGET) * target_stride
+    if COLS_PER_TARGET:
+        target = tl.load(target_ptr + column // COLS_PER_TARGET, mask=mask, other=1).to(tl.int32)
+    else:
+        target = tl.load(target_ptr).to(tl.int32) + tl.zeros_like(column)
     factor = pow2(tl.minimum(tl.maximum(source - target, -126), 127))
     factor = tl.where(source == 255, float("nan"), factor)
     x = decode(tl.load(payload_ptr + row * cols + column, mask=mask, other=0), E5M2)
@@ -253,33 +260,30 @@ def quantize_weight(w: torch.Tensor, amax: torch.Tensor, increment: float = 0.0,
 
 def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
     """Kernel twin of `fp8_recipes.reference.fold`. Where a scale is not a power of two the reference raises; here that group becomes NaN (no host sync)."""
-    if granularity not in ("row", "tensor"):
-        raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
-    if q.global_scale is not None:
-        raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
+    check_fold(q, granularity)
     if granularity == q.granularity:
         return q
     check_device(q.payload, "payload")
     check_not_empty(q.payload, "payload")
     source = scale_bytes(q)
-    tiles = None
-    if granularity == "row":
-        if q.granularity not in ("tile", "micro"):
-            raise ValueError(f"cannot fold a {q.granularity} payload to rows; its scales are not finer than a row")
-        tiles = (tile_exponents(q) + 127).to(torch.uint8)
-        target = tiles.amax(dim=1)
-    else:
+    tiles = None if granularity == "tensor" else (tile_exponents(q) + 127).to(torch.uint8)
+    if tiles is None:
         target = torch.where(source == common.BAD_SCALE, 0, source).amax()
-    payload = _fold_payload(q, source, target)
+    else:
+        target = tiles.amax(dim=1) if granularity == "row" else block_maximum(tiles) if granularity == "block" else tiles
+    payload = _fold_payload(q, source, target, granularity)
     scale = ((target.to(torch.int32)) << 23).view(torch.float32)
-    return ScaledTensor(payload, scale, granularity, tile_exponent=tiles)
+    return ScaledTensor(payload, scale, granularity, tile_exponent=tiles if granularity == "row" else None)
 
 
-def _fold_payload(q: ScaledTensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Payload of ``q`` at the exponents ``target`` (E8M0 bytes, [rows] or 0-dim)."""
+_COLUMNS = {"micro": MICRO, "tile": TILE, "block": TILE, "row": 0, "tensor": 0}
+"""Columns that share a scale; 0: all."""
+
+
+def _fold_payload(q: ScaledTensor, source: torch.Tensor, target: torch.Tensor, granularity: str) -> torch.Tensor:
+    """Payload of ``q`` at the exponents ``target`` (E8M0 bytes in the shape of the scales of ``granularity``)."""
     rows, cols = q.shape
     out = common.empty((rows, cols), torch.uint8, q.device)
-    width = {"micro": MICRO, "tile": TILE, "block": TILE, "row": 0, "tensor": 0}[q.granularity]
     block = min(FLAT, next_power_of_2(cols))
     launch(
         _fold_kernel,
@@ -292,7 +296,9 @@ def _fold_payload(q: ScaledTensor, source: torch.Tensor, target: torch.Tensor) -
         source.stride(0) if source.dim() else 0,
         target.stride(0) if target.dim() else 0,
         ROWS_PER_SCALE=TILE if q.granularity == "block" else 1,
-        COLS_PER_SCALE=width,
+        COLS_PER_SCALE=_COLUMNS[q.granularity],
+        ROWS_PER_TARGET=TILE if granularity == "block" else 1,
+        COLS_PER_TARGET=_COLUMNS[granularity],
         BLOCK=block,
         E5M2=is_e5m2(q.format),
     )

@@ -16,12 +16,13 @@ from ..formats import cast_saturating, exponent_of, is_power_of_two, pow2, to_e8
 from ..tensor import TILE, ScaledTensor
 from .quantize import expand_scale, tile_exponents
 
+FINER = {"tile": ("micro",), "block": ("micro", "tile"), "row": ("micro", "tile"), "tensor": ("micro", "tile", "block", "row")}
+"""What may be folded to what."""
+
 
 def _exponents(q: ScaledTensor) -> torch.Tensor:
     """Exponent of the scale of every element, broadcastable to [rows, cols], int32."""
     if q.granularity == "micro":
-        if q.global_scale is not None:
-            raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
         e = q.scale.to(torch.int32) - 127
     else:
         if not bool(is_power_of_two(q.scale).all()):
@@ -37,20 +38,33 @@ def _shift(q: ScaledTensor, target: torch.Tensor) -> torch.Tensor:
     return cast_saturating(q.payload.float() * pow2(shift), q.format)
 
 
+def check_fold(q: ScaledTensor, granularity: str) -> None:
+    """ValueError unless the scales of ``q`` are powers of two and finer than ``granularity``, or the same."""
+    if granularity not in FINER:
+        raise ValueError(f"cannot fold to {granularity!r}; expected {', '.join(map(repr, FINER))}")
+    if q.global_scale is not None:
+        raise ValueError("a payload under an FP32 global scale cannot be folded; quantise with global_scale=None")
+    if q.granularity not in (granularity, *FINER[granularity]):
+        raise ValueError(f"cannot fold a {q.granularity} payload to {granularity}; its scales are not finer (those of {', '.join(FINER[granularity])} are)")
+
+
+def block_maximum(tiles: torch.Tensor) -> torch.Tensor:
+    """Largest of 128 rows of per-tile numbers: [rows, n] -> [ceil(rows/128), n]."""
+    return torch.stack([part.amax(dim=0) for part in tiles.split(TILE)])
+
+
 def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
-    """Re-express ``q`` under one scale per row, or per tensor: the largest of the finer ones. A "row" result carries ``tile_exponent``."""
-    if granularity not in ("row", "tensor"):
-        raise ValueError(f"cannot fold to {granularity!r}; expected 'row' or 'tensor'")
+    """Re-express ``q`` under coarser scales, "tile", "block", "row" or "tensor": the largest of the finer ones. A "row" result carries ``tile_exponent``."""
+    check_fold(q, granularity)
     if granularity == q.granularity:
         return q
-    if granularity == "row":
-        if q.granularity not in ("tile", "micro"):
-            raise ValueError(f"cannot fold a {q.granularity} payload to rows; its scales are not finer than a row")
-        tiles = tile_exponents(q)
-        target = tiles.amax(dim=1)
-        return ScaledTensor(_shift(q, target[:, None]), pow2(target), "row", tile_exponent=to_e8m0(tiles))
-    target = _exponents(q).amax()
-    return ScaledTensor(_shift(q, target), pow2(target), "tensor")
+    if granularity == "tensor":
+        target = _exponents(q).amax()
+        return ScaledTensor(_shift(q, target), pow2(target), "tensor")
+    tiles = tile_exponents(q)
+    target = {"tile": lambda: tiles, "block": lambda: block_maximum(tiles), "row": lambda: tiles.amax(dim=1)}[granularity]()
+    payload = _shift(q, expand_scale(target, q.shape, granularity))
+    return ScaledTensor(payload, pow2(target), granularity, tile_exponent=to_e8m0(tiles) if granularity == "row" else None)
 
 
 def fold_transpose(q: ScaledTensor, to: str = "column_block") -> ScaledTensor:

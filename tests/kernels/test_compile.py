@@ -41,7 +41,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     for local, e5m2, cols, prob in ROWS:
         row = {"cols_for_plan": cols, "E5M2": e5m2, **LOCAL[local]}
         found.append(("quantize", "_quantize_rows_kernel", {**row, "GLOBAL": False}, {}, 3))
-        found.append(("rmsnorm", "_rmsnorm_quantize_kernel", row, {}, 3))
+        pieces = import_module("fp8_recipes.kernels.rmsnorm").row_options(cols, local)
+        found.append(("rmsnorm", "_rmsnorm_quantize_kernel", {**pieces, "E5M2": e5m2, **LOCAL[local]}, {}, 4 * pieces["PIECES"]))
         row = {**row, "PROB": prob}
         found.append(("swiglu", "_swiglu_quantize_kernel", {**row, "H": "", "SAVE": False}, {}, 6))
         found.append(("swiglu", "_swiglu_backward_quantize_kernel", {**row, "H": ""}, {}, 6))
@@ -60,7 +61,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
         found.append(("quantize", "_quantize_wide_rows_kernel", {"TILES": 32, "GLOBAL": False, "E5M2": e5m2, **LOCAL["micro"]}, {}, 4))
         found.append(("quantize", "_quantize_block_kernel", {"E5M2": e5m2, "num_warps": 8}, {}, 4))
         found.append(("quantize", "_quantize_given_kernel", {"BLOCK": 4096, "E5M2": e5m2}, {}, 4))
-        fold = {"ROWS_PER_SCALE": 1, "COLS_PER_SCALE": 32, "BLOCK": 4096, "E5M2": e5m2}
+        fold = {"ROWS_PER_SCALE": 1, "COLS_PER_SCALE": 32, "ROWS_PER_TARGET": 128, "COLS_PER_TARGET": 128, "BLOCK": 4096, "E5M2": e5m2}
         found.append(("quantize", "_fold_kernel", fold, {"source_ptr": "*u8"}, 2))
     measured = {"cols_for_plan": 4096, "E5M2": False, "LOCAL": "micro", "FOLD": False, "GLOBAL": True}
     found.append(("quantize", "_quantize_rows_kernel", measured, {"scale_ptr": "*u8"}, 3))
@@ -186,11 +187,11 @@ def compile_all() -> list[dict]:
     for module, name, constants, types, loads in cases():
         kernel = getattr(import_module(f"fp8_recipes.kernels.{module}"), name)
         constants = dict(constants)
-        warps = constants.pop("num_warps", 4)
+        options = {"num_warps": constants.pop("num_warps", 4), **({"maxnreg": constants.pop("maxnreg")} if "maxnreg" in constants else {})}
         if "cols_for_plan" in constants:
             plan = rows.plan_row(constants.pop("cols_for_plan"), constants.pop("per_thread", 0))
             constants |= {"BLOCK": plan.block, "TAIL": plan.tail}
-            warps = plan.warps
+            options["num_warps"] = plan.warps
         signature, attributes = {}, {}
         for i, argument in enumerate(kernel.arg_names):
             usual = POINTERS.get(argument) or ("*bf16" if argument.endswith("_ptr") else SCALARS.get(argument, "i32"))
@@ -200,7 +201,7 @@ def compile_all() -> list[dict]:
         if "out_ptr" in signature and name in ("_fold_kernel", "_fold_transpose_bytes_kernel"):
             signature["out_ptr"] = "*u8"
         source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         ptx = compiled.asm["ptx"]
         vector_loads = sum("ld.global" in line and (".v4.b32" in line or ".v2.b64" in line) for line in ptx.splitlines())
         ftz = ".ftz." in EXP_MINUS_1.sub("", ptx.replace(SIGMOID, ""))

@@ -122,6 +122,25 @@ def test_fold_to_a_tensor(granularity: str) -> None:
         assert same(folded.payload.float(), shifted_by_hand(q.payload, shift, E4M3))
 
 
+@pytest.mark.parametrize(("granularity", "to"), [("micro", "tile"), ("micro", "block"), ("tile", "block")])
+@pytest.mark.parametrize("shape", [(130, 300), (128, 128), (3, 40)], ids=str)
+@BOTH
+def test_fold_to_tiles_and_blocks(fmt: Format, shape: tuple[int, int], granularity: str, to: str) -> None:
+    rows, cols = shape
+    q = quantize(values(rows, cols, seed=4), granularity, fmt)
+    fine = (q.scale.int() - 127) if granularity == "micro" else q.scale.log2().int()
+    per_element = fine.repeat_interleave(32 if granularity == "micro" else 128, dim=1)[:, :cols]
+    height, folded = (128 if to == "block" else 1), fold(q, to)
+    assert folded.granularity == to and folded.tile_exponent is None
+    for i in range(folded.scale.shape[0]):
+        for j in range(folded.scale.shape[1]):
+            group = (slice(i * height, (i + 1) * height), slice(j * 128, (j + 1) * 128))
+            target = per_element[group].max()
+            assert folded.scale[i, j] == 2.0 ** int(target)
+            expected = shifted_by_hand(q.payload[group], per_element[group] - target, fmt)
+            assert same(folded.payload[group].float(), expected)
+
+
 def test_a_folded_row_has_the_scale_that_quantising_the_row_gives() -> None:
     x = values(64, 400, seed=3)
     for granularity in ("tile", "micro"):
@@ -212,11 +231,14 @@ def test_under_one_scale_the_transpose_is_only_that(to: str) -> None:
 def test_refusals() -> None:
     x = values(4, 300, seed=6)
     for granularity in ("row", "tensor", "tile"):
-        with pytest.raises(ValueError, match="cannot fold to 'column_block'; expected 'row' or 'tensor'"):
+        with pytest.raises(ValueError, match="cannot fold to 'column_block'; expected 'tile', 'block', 'row', 'tensor'"):
             fold(quantize(x, granularity), "column_block")
     for granularity in ("tensor", "block"):
-        with pytest.raises(ValueError, match=f"cannot fold a {granularity} payload to rows"):
+        with pytest.raises(ValueError, match=rf"cannot fold a {granularity} payload to row; its scales are not finer \(those of micro, tile are\)"):
             fold(quantize(x, granularity), "row")
+    for granularity in ("row", "block", "tensor"):
+        with pytest.raises(ValueError, match=f"cannot fold a {granularity} payload to tile"):
+            fold(quantize(x, granularity), "tile")
     with pytest.raises(ValueError, match="a block payload carries no tile exponents"):
         fold_transpose(quantize(x, "block"))
     with pytest.raises(ValueError, match="cannot fold_transpose to 'row'; expected 'column_block' or 'tensor'"):
