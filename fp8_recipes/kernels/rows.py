@@ -200,24 +200,37 @@ def store_piece(
     A row (or folded) result writes tile_exponent; the row's own scale is the caller's to write.
     """
     TILES: tl.constexpr = held.data.shape[0]
-    if LOCAL == "row":
-        word = pack_row(held.data * pow2(-row_exp), E5M2)
-    elif FOLD:  # the second rounding is the fold's: what is already in FP8 moves to the row's exponent
-        word = shift_words_down(held.data, (held.exponent - row_exp)[:, :, None], E5M2)
-    else:
-        word = held.data
+    word = final_words(held, row_exp, LOCAL, FOLD, E5M2)
     column = first + columns_of(TILES)
     tl.store(payload_ptr + row * cols + column, bytes_of(word), mask=column < end)
+    store_scales(held.exponent, held.tile_exp, row, first, end, cols, scale_ptr, tile_exponent_ptr, LOCAL, FOLD)
+
+
+@triton.jit
+def final_words(held, row_exp, LOCAL: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr):
+    """What of a piece `Held` goes to memory: FP8 words [TILES, 4, 8]."""
+    if LOCAL == "row":
+        return pack_row(held.data * pow2(-row_exp), E5M2)
+    elif FOLD:  # the second rounding is the fold's: what is already in FP8 moves to the row's exponent
+        return shift_words_down(held.data, (held.exponent - row_exp)[:, :, None], E5M2)
+    else:
+        return held.data
+
+
+@triton.jit
+def store_scales(exponent, tile_exp, row, first, end, cols, scale_ptr, tile_exponent_ptr, LOCAL: tl.constexpr, FOLD: tl.constexpr):
+    """Write the per-group scales of columns first .. end, as `store_piece` does. exponent: [TILES, 4], tile_exp: [TILES]."""
+    TILES: tl.constexpr = tile_exp.shape[0]
     tiles = (cols + 127) // 128
     tile = first // 128 + tl.arange(0, TILES)
     if FOLD or LOCAL == "row":
-        tl.store(tile_exponent_ptr + row * tiles + tile, (held.tile_exp + 127).to(tl.uint8), mask=tile < (end + 127) // 128)
+        tl.store(tile_exponent_ptr + row * tiles + tile, (tile_exp + 127).to(tl.uint8), mask=tile < (end + 127) // 128)
     elif LOCAL == "tile":
-        tl.store(scale_ptr + row * tiles + tile, pow2(held.tile_exp), mask=tile < (end + 127) // 128)
+        tl.store(scale_ptr + row * tiles + tile, pow2(tile_exp), mask=tile < (end + 127) // 128)
     else:
         groups = (cols + 31) // 32
         group = (first // 32 + tl.arange(0, TILES)[:, None] * 4) + tl.arange(0, 4)[None, :]
-        tl.store(scale_ptr + row * groups + group, (held.exponent + 127).to(tl.uint8), mask=group < (end + 31) // 32)
+        tl.store(scale_ptr + row * groups + group, (exponent + 127).to(tl.uint8), mask=group < (end + 31) // 32)
 
 
 @triton.jit
@@ -271,6 +284,7 @@ __all__ = [
     "RowPlan",
     "columns_of",
     "empty_rows",
+    "final_words",
     "hold_known",
     "hold_piece",
     "is_fused",
@@ -285,5 +299,6 @@ __all__ = [
     "store_piece",
     "store_row",
     "store_row_scale",
+    "store_scales",
     "total",
 ]

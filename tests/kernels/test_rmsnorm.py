@@ -1,7 +1,10 @@
-"""rmsnorm_quantize: the reference, up to the order of a sum."""
+"""rmsnorm_quantize: the reference, bit for bit given rstd; rstd up to the order of a sum."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -14,7 +17,7 @@ from fp8_recipes.kernels import rmsnorm_quantize
 
 module = import_module("fp8_recipes.kernels.rmsnorm")
 MODES = [("row", None), ("tile", None), ("micro", None), ("micro", "row"), ("tile", "row"), ("tensor", None), ("block", None)]
-SHAPES = [(2, 128), (3, 700), (3, 1664)]
+SHAPES = [(2, 128), (3, 700), (2, 1024), (3, 2304)]  # pieces for "micro" and "row": 1, 2 (the second in part), 2, and 5 (in part) and 3
 
 
 def inputs(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +36,11 @@ def check(x, gamma, granularity, fold, fmt):
     assert torch.allclose(rstd.double(), truth_rstd, rtol=1e-6, atol=0)
     assert rstd.dtype == expected_rstd.dtype and rstd.shape == expected_rstd.shape
     assert_quantized(q, expected, truth)
+    y = reference.quantize(x.float() * rstd[:, None] * gamma.float(), granularity, fmt, fold=fold)
+    for name in ("payload", "scale", "tile_exponent"):
+        ours, theirs = getattr(q, name), getattr(y, name)
+        assert (ours is None) == (theirs is None)
+        assert theirs is None or torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
@@ -40,6 +48,22 @@ def check(x, gamma, granularity, fold, fmt):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rmsnorm(device, shape, granularity, fold, fmt):
     check(*inputs(*shape, device), granularity, fold, fmt)
+
+
+@pytest.mark.parametrize(("cols", "granularity", "fold"), [(11008, "micro", "row"), (14336, "tile", None), (4096, "micro", None), (5120, "row", None)])
+def test_widths_of_models(device, cols, granularity, fold):
+    check(*inputs(2, cols, device), granularity, fold, FORMATS["e4m3"])
+
+
+@pytest.mark.parametrize("granularity", ["row", "tile", "micro"])
+def test_pieces_cover_a_row_once(granularity):
+    for cols in (1, 31, 128, 700, 1408, 2048, 4096, 4100, 7168, 11008, 14336, 28672, module.MAX_ROW):
+        o = module.row_options(cols, granularity)
+        width = o["BLOCK"] * 128
+        assert (o["PIECES"] - 1) * width < cols <= o["PIECES"] * width
+        assert o["WHOLE"] == (o["PIECES"] * width == cols)
+        assert 1 <= o["num_warps"] <= 16 and width <= 16 * 32 * o["num_warps"]
+        assert o.get("maxnreg", 64) * o["num_warps"] * 32 <= 65536
 
 
 def test_fp32_gamma_and_rows_too_wide(device, monkeypatch):
@@ -76,3 +100,50 @@ def test_bad_input(device):
 def test_real_sizes(device, shape, granularity, fold):
     for fmt in FORMATS.values():
         check(*inputs(*shape, device), granularity, fold, fmt)
+
+
+COMPILE = """
+import os, re, subprocess, tempfile, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fp8_recipes.kernels.rmsnorm import _rmsnorm_quantize_kernel as kernel, row_options
+tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+types = dict(scale_ptr="*fp32", rstd_ptr="*fp32", payload_ptr="*u8", tile_exponent_ptr="*u8", x_ptr="*bf16", gamma_ptr="*bf16", cols="i32", eps="fp32")
+for cols in (4096, 11008, 14336):
+    for local in ("micro", "row"):
+        options = dict(row_options(cols, local))
+        launch = {k: options.pop(k) for k in ("num_warps", "maxnreg") if k in options}
+        constants = dict(options, LOCAL=local, FOLD=local == "micro", E5M2=False)
+        signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants and n != "eps"}
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+        path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
+        open(path, "wb").write(compiled.asm["cubin"])
+        read = lambda *command: subprocess.run([os.path.join(tools, command[0]), *command[1:], path], capture_output=True, text=True, check=True).stdout
+        registers = re.search(r"REG:(\\d+)", read("cuobjdump", "--dump-resource-usage")).group(1)
+        print("KERNEL", cols, local, launch["num_warps"], options["PIECES"], registers)
+        print(read("nvdisasm", "-c"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_machine_code_keeps_rows_in_flight():
+    """Compiled for sm_90, which needs no GPU: every load of a row before the first wait, no spills, and rows enough on a multiprocessor to fill the memory."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    listings = done.stdout.split("KERNEL ")[1:]
+    assert len(listings) == 6
+    for listing in listings:
+        name, *lines = listing.splitlines()
+        cols, local, warps, pieces, registers = (int(w) if w.isdigit() else w for w in name.split())
+        waits = [i for i, line in enumerate(lines) if "SHFL" in line or "BAR.SYNC" in line]
+        loads = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
+        assert len(loads) == 4 * pieces, f"{name}: x and gamma, 32 bytes of each piece per thread"
+        assert len([i for i in loads if i < waits[0]]) >= 2 * pieces, f"{name}: x is not in flight as a whole when the sum starts"
+        assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills"
+        assert len([i for i in waits if "BAR.SYNC" in lines[i]]) <= 7, f"{name}: a reduction per piece"
+        rows = min(65536 // (-(-registers // 8) * 256 * warps), 64 // warps)
+        assert rows * 2 * cols >= (80 << 10), f"{name}: {rows} rows on a multiprocessor"
