@@ -20,6 +20,8 @@ def describe(recipe: Recipe) -> str:
     attention = "; attention's products in FP8" if recipe.attention == "fp8" else ""
     if recipe.stock:
         return f"TransformerEngine's {recipe.stock} scaling, x and w {recipe.weight}, dy {recipe.grad}{attention} (Megatron and TransformerEngine only)"
+    head = "; under Megatron the LM head and its loss too" if recipe.head == "fp8" else ""
+    experts = f"experts as one FP8 dataflow{f', every other layer {recipe.dense}' if recipe.dense else ''}; " if recipe.moe == "flow" else ""
 
     def side(granularity: str, fmt: str) -> str:
         folded = f"{granularity} folded to row" if recipe.folded and granularity != "row" else granularity
@@ -29,7 +31,7 @@ def describe(recipe: Recipe) -> str:
     x, dy = side(recipe.activation_granularity, recipe.activation), side(recipe.grad_granularity, recipe.grad)
     both = f"x, dy: {x}" if x == dy else f"x: {x}; dy: {dy}"
     w = f"w: {recipe.weight} per {recipe.weight_granularity}, {recipe.weight_scale} scale"
-    return f"{both}; {w}; {'FP8 products' if recipe.folded else 'exact bf16 products (for checking)'}{attention}"
+    return f"{experts}{both}; {w}; {'FP8 products' if recipe.folded else 'exact bf16 products (for checking)'}{attention}{head}"
 
 
 def _recipe(spec: str) -> Recipe:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "recipes":
         for name, recipe in RECIPES.items():
-            print(f"{name:<11} {describe(recipe)}")
+            print(f"{name:<12} {describe(recipe)}")
         return 0
     if arguments.command == "inspect":
         return _inspect(arguments.run, arguments.out)

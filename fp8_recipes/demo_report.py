@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,8 @@ def run_demo(recipe: Recipe, arch: Architecture, *, steps: int | None, device: s
     config = setup(chosen, steps, seed, arch)
     text = load_text(data, config.gpt.seq)
     out.mkdir(parents=True, exist_ok=True)
+    if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and on a busy machine every operation would wait for it
 
     from rich.console import Console
 

@@ -119,7 +119,8 @@ def test_recipes_lists_every_one(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert "predicted scale" in describe(RECIPES["moss"]) and "micro folded to row" in describe(RECIPES["moss"])
-    assert "exact bf16 products" in describe(RECIPES["tile"])
+    assert "exact bf16 products" in describe(RECIPES["tile"]) and "LM head" not in describe(RECIPES["tile"]) and "LM head" in describe(RECIPES["moss"])
+    assert "experts as one FP8 dataflow, every other layer moss" in describe(RECIPES["fp8_flow_moe"])
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
