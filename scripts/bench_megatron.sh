@@ -9,6 +9,8 @@
 # RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time; a recipe
 # named twice runs twice.
 # "RECIPE FLAGS", one argument, gives that run Megatron flags of its own; the table names the run by both. EXTRA: Megatron flags of every run.
+# WARMUP (3): iterations left out at the start. PERIOD (1): iterations between two that do more work (metrics), whose cost the median alone would hide.
+# The first run is the baseline and has to end well; a later one that does not is reported, the others go on, and the script ends with its status.
 # Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table.
 set -euo pipefail
 
@@ -18,7 +20,7 @@ shift
 [[ $# -gt 0 ]] || set -- bf16 tensorwise delayed blockwise moss
 mkdir -p "$out"
 read -r -a extra <<<"${EXTRA:-}"
-runs=() logs=()
+runs=() logs=() failed=0
 declare -A times=()
 for ((round = 1; round <= ${ROUNDS:-1}; round++)); do
   for asked in "$@"; do
@@ -44,8 +46,12 @@ while [[ $# -gt 0 ]]; do
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$log" >&2
     echo "bench_megatron.sh: $name ended with status $status; its log is $log" >&2
-    exit "$status"
+    [[ ${#logs[@]} -gt 0 ]] || exit "$status"
+    failed=$status
+    continue
   fi
   logs+=("$name=$log")
 done
-PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python3}" -m fp8_recipes.megatron.parse_log speed --csv "$out/speed.csv" "${logs[@]}"
+PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python3}" -m fp8_recipes.megatron.parse_log speed --warmup "${WARMUP:-3}" --period "${PERIOD:-1}" \
+  --csv "$out/speed.csv" "${logs[@]}"
+exit "$failed"

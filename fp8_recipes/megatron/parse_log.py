@@ -33,7 +33,8 @@ class LogError(ValueError):
 
 @dataclass(frozen=True)
 class Speed:
-    """ms per iteration: median, smallest and largest after warm-up; peak_mb: largest torch allocation on any rank, MB of 2**20 bytes.
+    """ms per iteration: median after warm-up (or mean over a period, see `read_speed`), smallest and largest; peak_mb: largest torch allocation on any rank,
+    MB of 2**20 bytes.
 
     resident_mb: what is allocated between iterations (weights, gradients, optimizer, caches), as Megatron reports it after the first; largest of the ranks
     that print it, None if none does.
@@ -48,18 +49,25 @@ class Speed:
     resident_mb: float | None = None
 
 
-def read_speed(recipe: str, path: str | Path, warmup: int = WARMUP) -> Speed:
-    """Speed and peak memory of one run from its text log."""
+def read_speed(recipe: str, path: str | Path, warmup: int = WARMUP, period: int = 1) -> Speed:
+    """Speed and peak memory of one run from its text log.
+
+    period: of work that is done every so many iterations (metrics). A median over all iterations would not see it: the median is then taken of the iterations
+    at the same place in the period, and its mean over the places counts. With 1 that is the median of all.
+    """
     text = Path(path).read_text(errors="replace")
     times = [float(ms) for number, ms in _ITERATION.findall(text) if int(number) > warmup]
     if not times:
         raise LogError(f"{path}: no iteration after the first {warmup}; run more steps with --log-interval 1")
+    if len(times) % period:
+        raise LogError(f"{path}: {len(times)} iterations after the first {warmup} are no whole number of periods of {period}; change the steps or --warmup")
+    middle = statistics.fmean(statistics.median(times[place::period]) for place in range(period))
     summaries = [line for line in text.splitlines() if _SUMMARY in line]
     if not summaries:
         raise LogError(f"{path}: no '{_SUMMARY.strip()}' line, so the run did not reach its end under fp8_recipes.pretrain_gpt")
     peak = json.loads(summaries[-1].split(_SUMMARY, 1)[1])["peak_allocated_bytes"] / 2**20
     resident = max((float(mb) for mb in _RESIDENT.findall(text)), default=None)
-    return Speed(recipe, statistics.median(times), min(times), max(times), len(times), peak, resident)
+    return Speed(recipe, middle, min(times), max(times), len(times), peak, resident)
 
 
 def read_losses(path: str | Path) -> dict[int, float]:
@@ -213,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     speed = commands.add_parser("speed", help="ms per iteration and peak memory")
     speed.add_argument("--csv")
-    speed.add_argument("--warmup", type=int, default=WARMUP)
+    speed.add_argument("--warmup", type=int, default=WARMUP, help="iterations left out at the start")
+    speed.add_argument("--period", type=int, default=1, help="iterations between two of those that do more work")
     speed.add_argument("runs", nargs="+", metavar="NAME=LOG")
     loss = commands.add_parser("loss", help="loss curves and deviation from the first run")
     loss.add_argument("--csv")
@@ -232,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     o = parser.parse_args(argv)
     try:
         if o.command == "speed":
-            print(write_speed([read_speed(name, path, o.warmup) for name, path in _named(o.runs).items()], o.csv))
+            print(write_speed([read_speed(name, path, o.warmup, o.period) for name, path in _named(o.runs).items()], o.csv))
         elif o.command == "loss":
             print(write_losses({name: read_losses(path) for name, path in _named(o.runs).items()}, o.window, o.csv, o.png))
         elif o.command == "steps":

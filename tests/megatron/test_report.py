@@ -186,3 +186,16 @@ def test_loss_summary_csv_and_plot(tmp_path, capsys):
     assert len((tmp_path / "loss.csv").read_text().splitlines()) == 101
     assert (tmp_path / "loss_summary.csv").exists()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_cost_of_work_in_every_tenth_iteration_is_in_the_mean_over_a_period(tmp_path):
+    """Every tenth iteration takes 40 ms more, half of it in the next one; single spikes leave medians, and so the figure, alone."""
+    times = [100.0 + 30 * (n % 10 == 0) + 10 * (n % 10 == 1) for n in range(1, 44)]
+    times[5] = times[18] = 5000.0
+    log = tmp_path / "log"
+    lines = [f" iteration {n:8d}/ 43 | elapsed time per iteration (ms): {ms:.1f} | learning rate: 3E-04 |" for n, ms in enumerate(times, 1)]
+    log.write_text("\n".join([*lines, 'fp8_recipes_summary {"peak_allocated_bytes": 1048576, "peak_reserved_bytes": 1}']))
+    assert parse_log.read_speed("moss", log, warmup=13, period=10).ms == 104.0
+    assert parse_log.read_speed("moss", log, warmup=13).ms == 100.0, "the median does not see it"
+    with pytest.raises(parse_log.LogError, match="29 iterations after the first 14 are no whole number of periods of 10"):
+        parse_log.read_speed("moss", log, warmup=14, period=10)

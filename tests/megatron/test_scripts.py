@@ -174,6 +174,17 @@ def test_benchmark_gives_a_run_flags_of_its_own(tmp_path):
     assert "--fp8-recipe fp8_flow_moe:grad=e5m2 " in logs["moe_tiny+fp8_flow_moe_grad_e5m2_--moe-router-fusion.log"]
 
 
+def test_benchmark_goes_on_after_a_later_run_that_fails_and_says_so(tmp_path):
+    fake = tmp_path / "python3"
+    fake.write_text(FAKE_BENCH.replace("REAL", sys.executable).replace('case "$*" in', 'case "$*" in *"--fp8-recipe delayed"*) echo no memory; exit 9 ;;', 1))
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    result = run(SCRIPTS / "bench_megatron.sh", out, "bf16", "delayed", "moss", PYTHON=str(fake), MODEL="tiny", WARMUP="2", PERIOD="2")
+    assert result.returncode == 9 and "no memory" in result.stderr and "delayed ended with status 9" in result.stderr
+    with open(out / "speed.csv") as stream:
+        assert [(row["recipe"], row["iterations"]) for row in csv.DictReader(stream)] == [("bf16", "4"), ("moss", "4")]
+
+
 FAKE_PYTHON = """#!/bin/sh
 # Stands in for torchrun: writes the log that --fp8-log names, after step 1 with --load; the rest goes to the real interpreter.
 log="" steps="1 2 3" save="" status=0
