@@ -64,9 +64,9 @@ def _megatron_version() -> str | None:
 def install() -> None:
     """Apply every shim once. Call it before Megatron parses its arguments."""
     require_megatron()
-    from ..te.shims import delayed_maxima, import_transformer_engine
+    from ..te.shims import delayed_maxima, require_import
 
-    import_transformer_engine()
+    require_import()
     fused_weight_gradient()  # before megatron.core is imported: it looks for the module at import
     refuse_patched_megatron()
     recipe_flag()

@@ -33,9 +33,9 @@ def recipe(spec: str | Recipe) -> Any:
     `Recipe.head` has no say here: it is about Megatron's output layer. Raises RecipeError for "bf16" (leave autocast off instead), ImportError or RuntimeError
     when TransformerEngine is missing, broken or of an untested version.
     """
-    from .shims import import_transformer_engine
+    from .shims import require_import
 
-    import_transformer_engine()
+    require_import()
     from .factory import build
 
     return build(spec)

@@ -30,7 +30,7 @@ def require_transformer_engine() -> None:
         )
 
 
-def import_transformer_engine() -> None:
+def require_import() -> None:
     """`require_transformer_engine`; and ImportError in one sentence where it is there and does not import, as pip leaves it without its PyTorch extension."""
     require_transformer_engine()
     try:
@@ -44,10 +44,11 @@ def import_transformer_engine() -> None:
 
 def install() -> None:
     """Apply every shim once."""
-    import_transformer_engine()
+    require_import()
     _own_products()
     _bias_gradient()
     _fused_swiglu()
+    _scale_of_joined_weights()
     _stateless_checkpoint()
     delayed_maxima()
 
@@ -170,6 +171,30 @@ def _fused_swiglu() -> None:
 
     replace(layernorm_mlp, "_act_func", wrapper)
     replace(layernorm_mlp.LayerNormMLP, "_get_quantizers", tell_bias)
+
+
+def _scale_of_joined_weights() -> None:
+    """``noop_cat`` in ``linear`` and ``layernorm_linear``: separate weights of Q, K and V, joined, carry the predicted scale of the first of them.
+
+    A module with several weights (``fuse_qkv_params=False``, MultiheadAttention's default) quantises them as one tensor, made anew at every forward pass, which
+    would know of no automatic scaling. The parts are never quantised alone, so the scale of the first is measured over all of them. Stays: it is about our own
+    attribute.
+    """
+    from transformer_engine.pytorch.module import layernorm_linear, linear
+
+    from ..weight_scaling import ATTRIBUTE
+
+    def wrapper(original: Any) -> Any:
+        def noop_cat(tensors: Any, dim: int = 0) -> Any:
+            joined = original(tensors, dim)
+            if len(tensors) > 1 and hasattr(tensors[0], ATTRIBUTE):
+                setattr(joined, ATTRIBUTE, getattr(tensors[0], ATTRIBUTE))
+            return joined
+
+        return noop_cat
+
+    for module in (linear, layernorm_linear):
+        replace(module, "noop_cat", wrapper)
 
 
 def _stateless_checkpoint() -> None:

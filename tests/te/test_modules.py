@@ -51,7 +51,7 @@ def build(kind, bias=False, hidden=HIDDEN, ffn=FFN, **options):
     if kind in ("LayerNormMLP", "TransformerLayer"):
         options["activation"] = "swiglu"
     if kind == "TransformerLayer":
-        options |= {"hidden_dropout": 0, "attention_dropout": 0, "self_attn_mask_type": "causal", "fuse_qkv_params": True, "attn_input_format": "sbhd"}
+        options = {"hidden_dropout": 0, "attention_dropout": 0, "self_attn_mask_type": "causal", "fuse_qkv_params": True, **options}
         return te.TransformerLayer(hidden, ffn, 4, **options), (TOKENS // 2, 2, hidden), (TOKENS // 2, 2, hidden)
     return getattr(te, kind)(hidden, ffn, **options), (TOKENS, hidden), (TOKENS, hidden if kind == "LayerNormMLP" else ffn)
 
@@ -228,6 +228,25 @@ def test_automatic_scaling_predicts_and_covers():
         assert scaling.steps - state.anchor_step < 5
         optimizer.step()
     assert scaling.steps == 12
+
+
+@pytest.mark.parametrize("fused", (True, False))
+def test_every_weight_of_a_layer_is_predicted(fused, monkeypatch, recwarn):
+    """Separate weights of Q, K and V too, which TransformerEngine joins to a new tensor at every forward pass."""
+    from fp8_recipes import te as fp8_te
+    from fp8_recipes import weight_scaling
+
+    measured = []
+    monkeypatch.setattr(weight_scaling, "measure_amax", lambda w, group=None, _real=weight_scaling.measure_amax: (measured.append(w.shape), _real(w, group))[1])
+    module, x, dy = build("TransformerLayer", fuse_qkv_params=fused)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    fp8_te.automatic_scaling(module, optimizer, interval=5)
+    x, dy = data(*x), data(*dy)
+    for _ in range(3):
+        run(module, x, dy, "moss")
+        optimizer.step()
+    assert sorted(measured) == sorted([(3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)])
+    assert not [w for w in recwarn.list if "automatic scaling" in str(w.message)]
 
 
 def test_grouped_linear_is_refused_with_the_reason():

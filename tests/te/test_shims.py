@@ -217,6 +217,33 @@ def test_an_untracked_weight_is_announced_and_a_tracked_one_is_not(recwarn):
     assert not recwarn.list
 
 
+def test_separate_weights_of_q_k_and_v_have_one_predicted_scale(recwarn):
+    """TransformerEngine quantises them joined, in a tensor that no optimizer and no clock has seen."""
+    _te_or_skip()
+    import torch
+    from transformer_engine.pytorch.module import layernorm_linear, linear
+
+    from fp8_recipes import from_name
+    from fp8_recipes.te import install
+    from fp8_recipes.te.quantizers import FP8Quantizer
+    from fp8_recipes.weight_scaling import ATTRIBUTE, WeightScaling
+
+    install()
+    parts = [torch.nn.Parameter(torch.full((16, 32), size)) for size in (1.0, 2.0, -3.0)]
+    for module in (linear, layernorm_linear):
+        assert not hasattr(module.noop_cat(parts), ATTRIBUTE)
+    clock = WeightScaling(interval=9, attached=True)
+    first, *_ = [clock.track(p) for p in parts]
+    quantizer = FP8Quantizer(from_name("moss"), "weight")
+    for module in (linear, layernorm_linear):
+        joined = module.noop_cat(parts)
+        assert joined.shape == (48, 32) and getattr(joined, ATTRIBUTE) is first and module.noop_cat(parts[:1]) is parts[0]
+        operand = quantizer.quantize(joined).operand
+        assert operand.amax is first.anchor_amax and float(operand.amax) >= 3, "measured over all of them"
+        clock.advance(0.5)
+    assert first.anchor_step == 0 and operand.increment >= 0.5 and not recwarn.list
+
+
 def test_storages_survive_being_saved():
     """The saved copy is emptied, the original kept: a weight cached over microbatches is saved by every one of them."""
     _te_or_skip()
