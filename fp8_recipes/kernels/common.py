@@ -49,6 +49,14 @@ def check_not_empty(x: torch.Tensor, name: str) -> None:
         raise ValueError(f"cannot take scales of an empty tensor: {name} has shape {tuple(x.shape)}")
 
 
+def check_payload(q: ScaledTensor) -> None:
+    """Raise unless the kernels can read the payload of ``q``: on their device, not empty, rows one behind the other."""
+    check_device(q.payload, "payload")
+    check_not_empty(q.payload, "payload")
+    if not q.payload.is_contiguous():
+        raise ValueError(f"payload of shape {tuple(q.shape)} and strides {q.payload.stride()} is not contiguous; call .contiguous()")
+
+
 def is_e5m2(fmt: Format) -> bool:
     """The kernels' format switch."""
     return fmt.name == E5M2.name

@@ -28,8 +28,7 @@ from . import common
 from .common import (
     INTERPRETED,
     cdiv,
-    check_device,
-    check_not_empty,
+    check_payload,
     decode,
     encode,
     finite_or_nan,
@@ -247,8 +246,7 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
     """
     if to not in ("column_block", "tensor"):
         raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
-    check_device(q.payload, "payload")
-    check_not_empty(q.payload, "payload")
+    check_payload(q)
     plan = PLAN if plan is None else plan
     if q.granularity == "tensor":
         return _transpose(q, plan)

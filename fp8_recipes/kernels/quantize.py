@@ -19,6 +19,7 @@ from .common import (
     cdiv,
     check_device,
     check_not_empty,
+    check_payload,
     decode,
     encode,
     finite_or_nan,
@@ -263,8 +264,7 @@ def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
     check_fold(q, granularity)
     if granularity == q.granularity:
         return q
-    check_device(q.payload, "payload")
-    check_not_empty(q.payload, "payload")
+    check_payload(q)
     source = scale_bytes(q)
     tiles = None if granularity == "tensor" else (tile_exponents(q) + 127).to(torch.uint8)
     if tiles is None:

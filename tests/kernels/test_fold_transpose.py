@@ -115,6 +115,8 @@ def test_a_scale_that_is_no_power_of_two_becomes_nan(device, granularity, rows):
         (lambda q: fold_transpose(q, "row"), "column_block"),
         (lambda q: fold_transpose(ScaledTensor(q.payload, q.scale, "row")), "tile exponents"),
         (lambda q: fold_transpose(ScaledTensor(q.payload[:0], q.scale[:0], "row", tile_exponent=q.tile_exponent[:0])), "empty"),
+        (lambda q: fold_transpose(ScaledTensor(q.payload[:, :64], q.scale, "row", tile_exponent=q.tile_exponent)), "not contiguous"),
+        (lambda q: fold_transpose(ScaledTensor(q.payload[:, :64], q.scale[0], "tensor")), "not contiguous"),
         (lambda q: fold_transpose(reference.quantize(torch.ones(4, 128), "block")), "block"),
         (lambda q: fold_transpose(reference.quantize(torch.ones(4, 128), "micro", global_scale="measured")), "global"),
     ],

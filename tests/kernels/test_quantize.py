@@ -174,6 +174,7 @@ def test_results_do_not_depend_on_the_run(device):
         (lambda x: quantize.fold(reference.quantize(x, "row"), "tile"), ValueError, "cannot fold a row payload to tile"),
         (lambda x: quantize.fold(reference.quantize(x, "micro"), "column_block"), ValueError, "column_block"),
         (lambda x: quantize.fold(reference.quantize(x, "block"), "row"), ValueError, "block"),
+        (lambda x: quantize.fold(ScaledTensor(reference.quantize(x, "row").payload[:, ::2], x.new_ones(4).float(), "row"), "tensor"), ValueError, "contiguous"),
         (lambda x: quantize.fold(reference.quantize(x, "micro", global_scale="measured"), "row"), ValueError, "global scale"),
     ],
 )
