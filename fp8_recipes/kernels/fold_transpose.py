@@ -28,6 +28,7 @@ from . import common
 from .common import (
     INTERPRETED,
     cdiv,
+    check_not_empty,
     check_payload,
     decode,
     encode,
@@ -247,6 +248,7 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
     if to not in ("column_block", "tensor"):
         raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
     check_payload(q)
+    check_not_empty(q.payload, "payload")
     plan = PLAN if plan is None else plan
     if q.granularity == "tensor":
         return _transpose(q, plan)

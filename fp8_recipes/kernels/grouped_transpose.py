@@ -15,7 +15,7 @@ import triton.language as tl
 from ..reference.grouped import GroupedTensor, check_blocks, check_offsets
 from ..tensor import TILE, ScaledTensor
 from . import common
-from .common import cdiv, check_device, next_power_of_2, pow2, scale_bytes, tiles_of
+from .common import cdiv, check_payload, next_power_of_2, pow2, scale_bytes, tiles_of
 from .fold_transpose import _dependents_may_start, _row_shift, _source_constants, _tile_bytes, _wait_for_previous_kernel
 from .launch import launch
 from .words import load_quads, shift_words, transpose_4x4
@@ -125,7 +125,7 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     [rows / 128] (-1 = unused), on the device. Columns of the payload that belong to unused blocks are left unwritten. Where a scale is not a power of two the
     values become NaN, as in `fold_transpose`. Experts without rows get the scale 2**-126.
     """
-    check_device(q.payload, "payload")
+    check_payload(q)
     rows, cols = q.payload.shape
     experts = offsets.shape[0] - 1
     check_blocks(rows, block_expert, q.device)

@@ -265,6 +265,7 @@ def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
     if granularity == q.granularity:
         return q
     check_payload(q)
+    check_not_empty(q.payload, "payload")
     source = scale_bytes(q)
     tiles = None if granularity == "tensor" else (tile_exponents(q) + 127).to(torch.uint8)
     if tiles is None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..reference.grouped import GroupedTensor, check_tile_transpose
 from ..tensor import ScaledTensor
 from . import common
-from .common import cdiv, check_device, check_not_empty, tiles_of
+from .common import cdiv, check_not_empty, check_payload, tiles_of
 from .fold_transpose import _source_constants
 from .launch import launch
 from .words import load_quads, shift_words, transpose_4x4
@@ -103,7 +103,7 @@ def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None =
     q: [rows, cols] tile, row (with tile_exponent) or micro (no global scale); rows and cols multiples of 4. block_expert: int32 [rows / 128] on the device,
     -1 = unused: neither payload nor scale of such a block is written. Where a scale is not a power of two the values become NaN (the reference raises).
     """
-    check_device(q.payload, "payload")
+    check_payload(q)
     check_not_empty(q.payload, "payload")
     check_tile_transpose(q, block_expert)
     rows, cols = q.payload.shape

@@ -110,6 +110,7 @@ def test_a_scale_that_is_no_power_of_two_becomes_nan(device):
         (lambda q, o, b: (ScaledTensor(q.payload, q.scale, "row"), o, b), ValueError, "tile exponents"),
         (lambda q, o, b: (reference.quantize(torch.ones(130, 128, device=o.device), "row"), o, b), ValueError, "multiple of 128 rows, got 130"),
         (lambda q, o, b: (reference.quantize(torch.ones(256, 6, device=o.device), "row"), o, b), ValueError, "cols=6"),
+        (lambda q, o, b: (ScaledTensor(q.payload[:, :64], q.scale, "row", q.tile_exponent), o, b), ValueError, "not contiguous"),
         (lambda q, o, b: (q, o, b[:1]), ValueError, "block_expert must be"),
         (lambda q, o, b: (q, o.long(), b), TypeError, "int32"),
     ],

@@ -141,6 +141,7 @@ def test_a_scale_that_is_no_power_of_two_becomes_nan(device, granularity):
         (lambda q, b: (reference.quantize(torch.ones(128, 6, device=b.device), "tile"), None), ValueError, "cols=6 must be a multiple of 4"),
         (lambda q, b: (reference.quantize(torch.ones(130, 8, device=b.device), "tile"), None), ValueError, "rows=130 must be a multiple of 4"),
         (lambda q, b: (reference.quantize(torch.ones(132, 8, device=b.device), "tile"), b), ValueError, "multiple of 128 rows, got 132"),
+        (lambda q, b: (ScaledTensor(q.payload[:, :64], q.scale, "tile"), None), ValueError, "not contiguous"),
         (lambda q, b: (q, b.long()), TypeError, "int32"),
         (lambda q, b: (reference.quantize(torch.ones(128, 64, device=b.device), "micro", global_scale="measured"), None), ValueError, "global scale"),
     ],
