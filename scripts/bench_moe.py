@@ -82,9 +82,9 @@ def requantized(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tens
     """Dequantise to bf16, transpose, quantise again: three passes where `grouped_fold_transpose` is one (beside the maxima of the exponents, in both)."""
     assert q.tile_exponent is not None
     experts, cols = offsets.shape[0] - 1, q.shape[1]
-    tiles = q.tile_exponent.view(-1, TILE, q.tile_exponent.shape[1]).amax(1)
+    tiles = q.tile_exponent.view(-1, TILE, q.tile_exponent.shape[1]).amax(1).int()
     owner = torch.where(block_expert < 0, experts, block_expert).long()
-    target = tiles.new_ones(experts + 1, tiles.shape[1]).index_reduce_(0, owner, tiles, "amax")
+    target = tiles.new_ones(experts + 1, tiles.shape[1]).scatter_reduce_(0, owner[:, None].expand_as(tiles), tiles, "amax")
     scale = from_e8m0(target).repeat_interleave(TILE, dim=1)[:, :cols].contiguous()
     transposed = _dequantize(q.payload, q.scale).t().contiguous()
     return GroupedTensor(_requantize(transposed, (1 / scale)[owner].t().contiguous()), scale[:experts].contiguous())
@@ -129,6 +129,7 @@ class UnfusedSwiGLU(Ours):
 
     def backward_pass(self, dy: torch.Tensor, h: Any, granularity: str, fmt: Any, fold: Any, prob: torch.Tensor) -> Any:
         dh, dprob = _swiglu_gradient(dy, self.h, prob)
+        self.h = None  # the next forward pass must not find it in memory: it would count as resident
         return self.quantize(dh, granularity, fmt, fold=fold), dprob
 
 
@@ -254,6 +255,7 @@ def main() -> int:
         rows, failures = ablation(name, args.recipes[0], rounds) if args.ablation else bench(name, args.recipes, rounds)
         table, failed = table + rows, failed + failures
         torch.cuda.empty_cache()
+        print(f"{name} done after {time.time() - start:.0f} s", flush=True)
         if args.csv and not failed:  # after every shape: a run that is cut off leaves what it has
             write(table, args.csv / ("moe_ablation.csv" if args.ablation else "moe_bench.csv"))
     print(f"{'FAIL' if failed else 'pass'}, {time.time() - start:.0f} s")
