@@ -25,24 +25,31 @@ SMALL = (
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
-def train(log, recipe: str, flags: str, port: int) -> str:
-    """Four steps of two microbatches; what was printed."""
+def train(log, recipe: str, flags: str, port: int, ranks: int = 1) -> str:
+    """Four steps of two microbatches; what rank 0 printed."""
     path = os.pathsep.join(filter(None, [str(pretend_gpu.ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, pretend_gpu.__file__, "--model", "fog_tiny", "--recipe", recipe, "--steps", "4", "--log", str(log), "--"]
-    environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(port), "NVTE_UnfusedDPA_Emulate_FP8": "1"}
-    done = subprocess.run([*command, *SMALL.split(), *flags.split()], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+    environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NVTE_UnfusedDPA_Emulate_FP8": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    line = [*command, *SMALL.split(), *flags.split()]
+    processes = [subprocess.Popen(line, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(ranks)]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(output[-4000:] for output in outputs)
+    return outputs[0]
 
 
-@pytest.mark.parametrize(("recipe", "modules", "port"), [("fog", 10, 29680), ("moss:attention=fp8", 2, 29684)])
-def test_a_run_resumed_with_recompute_has_the_bits_of_the_run_that_went_on_without(tmp_path, recipe, modules, port):
+@pytest.mark.parametrize(
+    ("recipe", "modules", "port", "layout"),
+    [("fog", 10, 29680, ""), ("moss:attention=fp8", 2, 29684, ""), ("fog", 10, 29688, "--num-query-groups 2 --tensor-model-parallel-size 2")],
+)
+def test_a_run_resumed_with_recompute_has_the_bits_of_the_run_that_went_on_without(tmp_path, recipe, modules, port, layout):
     """With an evaluation before the save, gradient accumulation and the distributed optimizer."""
-    train(tmp_path / "through.jsonl", recipe, f"--save {tmp_path / 'through'} --save-interval 2", port)
+    ranks = 2 if layout else 1
+    train(tmp_path / "through.jsonl", recipe, f"{layout} --save {tmp_path / 'through'} --save-interval 2", port, ranks)
     (tmp_path / "from").mkdir()
     shutil.copytree(tmp_path / "through" / "iter_0000002", tmp_path / "from" / "iter_0000002")
     (tmp_path / "from" / "latest_checkpointed_iteration.txt").write_text("2")
-    printed = train(tmp_path / "resumed.jsonl", recipe, f"--load {tmp_path / 'from'} {FULL}", port + 1)
+    printed = train(tmp_path / "resumed.jsonl", recipe, f"{layout} --load {tmp_path / 'from'} {FULL}", port + 1, ranks)
     assert f"fp8_recipes: maxima and scales of {modules} modules under delayed scaling as saved" in printed
     through, resumed = (parse_log.read_losses(tmp_path / f"{name}.jsonl") for name in ("through", "resumed"))
     assert sorted(through) == [1, 2, 3, 4] and sorted(resumed) == [3, 4]

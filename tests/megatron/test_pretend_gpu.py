@@ -102,14 +102,16 @@ def test_resume_is_bitwise_with_metrics(train, tmp_path, model, recipe):
     assert resumed == {step: whole[step] for step in (3, 4)}
 
 
-def test_tensor_parallel_run_counts_the_same_elements(train):
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"])
+def test_divided_run_counts_the_same_elements(train, layout):
     """Its weights start otherwise (each rank draws its own), so only what is counted can be compared."""
-    flags = "--fog max --num-query-groups 2 --tensor-model-parallel-size 2 --sequence-parallel"
-    losses, metrics, _ = train("fog_tiny", "moss", flags, ranks=2)
+    flags = "--fog max --num-query-groups 2"
+    losses, metrics, _ = train("fog_tiny", "moss", f"{flags} {layout}", ranks=2)
     assert losses[STEPS] < losses[1]
-    one = train("fog_tiny", "moss", "--fog max --num-query-groups 2")[1]
-    for tensor in ("qkv", "down_input", "block_output"):
-        found, expected = (m[2]["tensors"][f"layers.1.{tensor}"] for m in (metrics, one))
+    one = train("fog_tiny", "moss", flags)[1]
+    assert set(metrics[2]["tensors"]) == set(one[2]["tensors"]), "of every layer, wherever it is"
+    for tensor in (f"layers.{layer}.{name}" for layer in range(1, LAYERS + 1) for name in ("qkv", "down_input", "block_output")):
+        found, expected = (m[2]["tensors"][tensor] for m in (metrics, one))
         assert found["elements"] == expected["elements"] and found["kurtosis"] == pytest.approx(expected["kurtosis"], rel=0.1), tensor
 
 
