@@ -34,6 +34,52 @@ def test_router_gradient_through_prob() -> None:
     assert_snr(xd.grad, x.grad.view(-1, H), floor("dx") - 1, "x")  # type: ignore[arg-type, union-attr]
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6, 8])
+def test_whole_layer_against_float64(top_k: int, score: str) -> None:
+    """Input, router, experts and shared experts, with an expert bias that empties one expert and an auxiliary loss beside: every gradient by value."""
+    torch.manual_seed(0)
+    experts, tokens = 9, 160
+    layer = MoE(H, F, experts, top_k, score=score, normalize=False, scaling=1.5, expert_bias=True, shared_ffn=64, aux_loss=0.05, dtype=torch.bfloat16)
+    assert layer.shared is not None and layer.router.expert_bias is not None
+    for w in (*layer.w1, *layer.w2, layer.shared.first.weight, layer.shared.down.weight):
+        torch.nn.init.normal_(w, std=w.shape[1] ** -0.5)
+    torch.nn.init.normal_(layer.router.weight, std=0.1)
+    bias = torch.linspace(-0.1, 0.1, experts)
+    bias[2] = -10
+    layer.router.expert_bias.copy_(bias)
+    x, dy = normal(tokens, H, seed=11).bfloat16().requires_grad_(), normal(tokens, H, seed=12).bfloat16()
+    y = layer(x)
+    assert layer.aux_loss is not None
+    torch.autograd.backward((y, layer.aux_loss), (dy, torch.ones(())))
+
+    index = layer.router(x.detach())[0].long()
+    assert not (index == 2).any(), "chosen by score + bias"
+    truth = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    xd = x.detach().double().requires_grad_()
+    logits = xd @ truth["router.weight"].t()
+    scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    w1, w2 = ([truth[f"w{i}.{e}"] for e in range(experts)] for i in (1, 2))
+    gate, up = (xd @ truth["shared.gate_up.weight"].t()).chunk(2, dim=1)
+    shared = (torch.nn.functional.silu(gate) * up) @ truth["shared.down.weight"].t()
+    want = plain_experts(xd, index, 1.5 * scores.gather(1, index), w1, w2) + shared
+    share = scores / scores.sum(1, keepdim=True)
+    got = torch.bincount(index.flatten(), minlength=experts) / index.numel()
+    loss = 0.05 * experts * (got * share.mean(0)).sum()
+    torch.autograd.backward((want, loss), (dy.double(), torch.ones((), dtype=torch.float64)))
+
+    assert_snr(want, y, floor("y"), "y")
+    torch.testing.assert_close(layer.aux_loss.double(), loss, rtol=1e-5, atol=0)
+    assert_snr(xd.grad, x.grad, floor("dx") - 1, "x")  # type: ignore[arg-type]
+    for name, parameter in layer.named_parameters():
+        expected, gradient = truth[name].grad, parameter.grad
+        if name in ("w1.2", "w2.2"):
+            assert gradient is not None and not gradient.any(), "no token, no gradient"
+            continue
+        kind = {"w1": "dw1", "w2": "dw2", "ro": "dprob", "sh": "dw1"}[name[:2]]
+        assert_snr(expected, gradient, floor(kind) - (2 if name.startswith("router") else 3), name)  # type: ignore[arg-type]
+
+
 def test_router_scores_and_choice() -> None:
     x = normal(50, H, seed=3)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -193,6 +194,36 @@ def test_two_casts_stand_alone(monkeypatch: pytest.MonkeyPatch, saved: str) -> N
         moe_experts(x, c.index, prob, w1, w2, recipe=from_name(f"fp8_flow_moe:moe_saved={saved}")).backward(c.dy)
     assert dict(calls) == wanted
     assert movements.seen == [], "a pass over a tensor that belongs to no operation"
+
+
+def fp8_bytes_alive(shapes: set[tuple[int, ...]]) -> int:
+    """Bytes of FP8 tensors of these shapes that anything in the process still holds, each memory once."""
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float8_e4m3fn and tuple(t.shape) in shapes]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
+@pytest.mark.parametrize("cache", ["none", "ffn", "row"])
+def test_at_most_one_fp8_byte_per_parameter_lives_beside_the_weights(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    """Between the passes and after them; during a product its one operand, row-major or transposed, beside what is kept."""
+    c = case(top_k(64, 2, 4), 4)
+    w1, w2 = ([torch.nn.Parameter(w) for w in ws] for ws in (c.w1, c.w2))
+    scaling = WeightScaling()
+    scaling.attach(torch.optim.AdamW([*w1, *w2], lr=1e-3, betas=(0.9, 0.95)))
+    for w in (*w1, *w2):
+        scaling.track(w)
+    values = [4 * 2 * F * H, 4 * H * F]
+    shapes = {(4, *dims[::step]) for dims in ((2 * F, H), (H, F)) for step in (1, -1)}
+    kept = 0 if cache == "none" else sum(values)
+    before, during = fp8_bytes_alive(shapes), list[int]()
+    original = ops.grouped_gemm
+    monkeypatch.setattr(ops, "grouped_gemm", lambda *args, **how: (during.append(fp8_bytes_alive(shapes) - before), original(*args, **how))[1])
+    for microbatch in range(2):
+        y = moe_experts(c.x, c.index, c.prob, w1, w2, recipe=from_name(f"fp8_flow_moe:weight_cache={cache}"))
+        assert fp8_bytes_alive(shapes) - before == kept, f"after the forward pass of microbatch {microbatch}"
+        y.backward(c.dy)
+        assert fp8_bytes_alive(shapes) - before == kept, f"after the backward pass of microbatch {microbatch}"
+    assert len(during) == 6 and max(during) <= kept + max(values)
 
 
 def test_saved_bytes() -> None:
