@@ -34,9 +34,9 @@ def timed(contenders: dict[str, Callable[[int], Any]], rounds: int, calls: int) 
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One line per row under the keys of the first; the folder is made."""
+    """One line per row under the keys of the first, numbers to four digits; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
