@@ -15,13 +15,17 @@ from ..reference.cross_entropy import check_labels, check_statistics, logit_grad
 from ..reference.quantize import _check_options
 from ..tensor import ScaledTensor
 from . import common
-from .common import check_device, finite_or_nan, next_power_of_2, scale_exponent, tiles_of, to_fp32
+from .common import INTERPRETED, check_device, finite_or_nan, next_power_of_2, pow2, scale_exponent, to_fp32
 from .launch import launch
 from .quantize import quantize
-from .rows import columns_of, empty_rows, hold_piece, load_piece, row_result, store_piece, store_row_scale
+from .rows import empty_rows, final_words, flat_columns, hold_known, load_flat, micro_amax, row_result, store_flat, store_row_scale, store_scales
+from .words import pack_row
 
 PIECE = 16
-"""Tiles of 128 columns that a program holds at once."""
+"""Tiles of 128 columns that a program of `softmax_parts` holds at once."""
+GRADIENT_OPTIONS = {"TILES": 4, "PIECES": 4, "num_warps": 1}
+"""The gradient loads PIECES pieces of TILES tiles at once and computes one after the other. One warp, so that nothing waits at a barrier."""
+_EXP = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }")
 SLACK = tl.constexpr(2.0**-16)
 """Of probabilities in fp32: lse is off by up to its own last place, so an entry may exceed the bound by as much."""
 
@@ -46,6 +50,35 @@ def _softmax_parts_kernel(logits_ptr, labels_ptr, parts_ptr, rows, cols, BLOCK: 
 
 
 @triton.jit
+def _exp(x, FTZ: tl.constexpr):
+    """e**x. FTZ: 0 where that is below 2**-126."""
+    if INTERPRETED or not FTZ:
+        return tl.exp(x)
+    else:
+        return tl.inline_asm_elementwise(_EXP, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _load_pieces(ptr, first, cols, TILES: tl.constexpr, PIECES: tl.constexpr):
+    """Logits of PIECES pieces from column ``first`` on; -inf, which has no probability, beyond ``cols``."""
+    piece = load_flat(ptr, first, cols, TILES, OTHER=-float("inf"))
+    if PIECES == 1:
+        return (piece,)
+    else:
+        return (piece,) + _load_pieces(ptr, first + TILES * 128, cols, TILES, PIECES - 1)  # noqa: RUF005
+
+
+@triton.jit
+def _minus_label(p, at):
+    """p - 1 at position ``at`` of a piece [TILES, 4, 32], if it is one. A branch: few pieces have the label; to compare every value costs as much as exp."""
+    TILES: tl.constexpr = p.shape[0]
+    if (at >= 0) & (at < TILES * 128):
+        position = tl.reshape(flat_columns(0, TILES), (TILES, 4, 32))
+        p = tl.where(position == at.to(tl.int32), p - 1.0, p)
+    return p
+
+
+@triton.jit
 def _cross_entropy_backward_quantize_kernel(
     logits_ptr,
     labels_ptr,
@@ -57,20 +90,34 @@ def _cross_entropy_backward_quantize_kernel(
     tile_exponent_ptr,
     cols,
     TILES: tl.constexpr,
+    PIECES: tl.constexpr,
     LOCAL: tl.constexpr,
     FOLD: tl.constexpr,
     E5M2: tl.constexpr,
 ):
+    """One row. What a row's scale is has been known from the start, and p <= 1, so that only dloss can make an entry infinite."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * cols
-    label, lse, dloss = tl.load(labels_ptr + row), tl.load(lse_ptr + row), tl.load(dloss_ptr + row)
+    label, lse, dloss = tl.load(labels_ptr + row), tl.load(lse_ptr + row), finite_or_nan(tl.load(dloss_ptr + row))
+    label = tl.where(label < cols, label, -1)
     bound = (tl.abs(tl.exp(tl.load(target_ptr + row) - lse) - 1.0) + SLACK) * tl.abs(dloss)
     row_exp = scale_exponent(tl.maximum(finite_or_nan(bound), 0.0), E5M2)
-    for first in range(0, cols, TILES * 128):
-        column = first + columns_of(TILES)
-        p = tl.exp(load_piece(logits_ptr, first, cols, TILES) - lse) - tl.where(column == label, 1.0, 0.0)
-        held = hold_piece(finite_or_nan(tl.where(column < cols, p * dloss, 0.0)), LOCAL, E5M2)
-        store_piece(held, row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
+    # Next to the bound, p below 2**-126 is nothing in any format: with one scale per row it may be 0 from the start.
+    FTZ: tl.constexpr = FOLD or LOCAL == "row"
+    for begin in range(0, cols, PIECES * TILES * 128):
+        pieces = _load_pieces(logits_ptr, begin, cols, TILES, PIECES)
+        for i in tl.static_range(PIECES):
+            first = begin + i * TILES * 128
+            p = _minus_label(_exp(to_fp32(pieces[i], AGAIN=True) - lse, FTZ), label - first)
+            micro = tl.maximum(micro_amax(p) * tl.abs(dloss), 0.0)
+            if LOCAL == "row":
+                held = hold_known(p, micro, LOCAL, E5M2)
+                word = pack_row(p * (dloss * pow2(-row_exp)), E5M2)
+            else:
+                held = hold_known(p * dloss, micro, LOCAL, E5M2)
+                word = final_words(held, row_exp, LOCAL, FOLD, E5M2)
+            store_flat(payload_ptr + row * cols, word, first, cols)
+            store_scales(held.exponent, held.tile_exp, row, first, cols, cols, scale_ptr, tile_exponent_ptr, LOCAL, FOLD)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
 
 
@@ -107,8 +154,7 @@ def cross_entropy_backward_quantize(
         return quantize(logit_gradient(logits, labels, lse, dloss), granularity, fmt, fold=fold)
     r = row_result(cols, granularity, fold, fmt)
     form = {key: r.constants[key] for key in ("LOCAL", "FOLD", "E5M2")}
-    tiles = min(next_power_of_2(tiles_of(cols)), PIECE)
     q, pointers = empty_rows(rows, cols, r, fmt, logits.device)
     vectors = (labels.contiguous(), lse, target, dloss)
-    launch(_cross_entropy_backward_quantize_kernel, (rows,), logits, *vectors, *pointers, cols, TILES=tiles, **form, num_warps=max(tiles // 8, 1))
+    launch(_cross_entropy_backward_quantize_kernel, (rows,), logits, *vectors, *pointers, cols, **form, **GRADIENT_OPTIONS)
     return q

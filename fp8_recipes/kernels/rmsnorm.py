@@ -23,47 +23,21 @@ from . import common
 from .common import cdiv, check_device, check_not_empty, finite_or_nan, next_power_of_2, tiles_of, to_fp32
 from .launch import launch
 from .quantize import quantize
-from .rows import MAX_ROW, empty_rows, final_words, hold_piece, row_result, store_row_scale, store_scales
-from .words import bytes_of
+from .rows import MAX_ROW, empty_rows, final_words, hold_piece, load_flat, row_result, store_flat, store_row_scale, store_scales
 
 PER_THREAD = {"row": 32, "tile": 64, "micro": 64}
 """Values that a thread takes, at least, by granularity: "row" holds them in fp32 between the maximum and the cast."""
 
 
 @triton.jit
-def _columns(first, TILES: tl.constexpr):
-    """[4 * TILES, 32]: as a matrix, so that the compiler gives neighbouring threads neighbouring groups, not neighbouring tiles."""
-    return first + tl.arange(0, 4 * TILES)[:, None] * 32 + tl.arange(0, 32)[None, :]
-
-
-@triton.jit
-def _load(ptr, first, cols, TILES: tl.constexpr, MASK: tl.constexpr):
-    """Columns first .. first + TILES * 128 of a row as they are in memory, [TILES, 4, 32]. MASK: 0 beyond ``cols``; else there is nothing beyond."""
-    column = _columns(first, TILES)
-    x = tl.load(ptr + column, mask=column < cols, other=0.0) if MASK else tl.load(ptr + column)
-    return tl.reshape(x, (TILES, 4, 32))
-
-
-@triton.jit
 def _load_pieces(ptr, FIRST: tl.constexpr, cols, TILES: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
-    """PIECES pieces of a row from column FIRST on: of each (what `_load` returns, its first column, its MASK)."""
+    """PIECES pieces of a row from column FIRST on: of each (what `load_flat` returns, its first column, its MASK)."""
     mask = PIECES == 1 and not WHOLE
-    piece = (_load(ptr, FIRST, cols, TILES, mask), FIRST, mask)
+    piece = (load_flat(ptr, FIRST, cols, TILES, mask), FIRST, mask)
     if PIECES == 1:
         return (piece,)
     else:
         return (piece,) + _load_pieces(ptr, FIRST + TILES * 128, cols, TILES, PIECES - 1, WHOLE)  # noqa: RUF005
-
-
-@triton.jit
-def _store(ptr, word, first, cols, MASK: tl.constexpr):
-    """What `_load` is the inverse of, of FP8 words [TILES, 4, 8]."""
-    column = _columns(first, word.shape[0])
-    byte = tl.reshape(bytes_of(word), (4 * word.shape[0], 32))
-    if MASK:
-        tl.store(ptr + column, byte, mask=column < cols)
-    else:
-        tl.store(ptr + column, byte)
 
 
 @triton.jit
@@ -74,7 +48,7 @@ def _square(x):
 
 @triton.jit
 def _normalised(x, first, MASK: tl.constexpr, gamma_ptr, cols, rstd):
-    gamma = _load(gamma_ptr, first, cols, x.shape[0], MASK)
+    gamma = load_flat(gamma_ptr, first, cols, x.shape[0], MASK)
     return finite_or_nan(to_fp32(x, AGAIN=True) * rstd * to_fp32(gamma, AGAIN=True))
 
 
@@ -131,7 +105,7 @@ def _rmsnorm_quantize_kernel(
     held = [hold_piece(_normalised(*piece, gamma_ptr, cols, rstd), LOCAL, E5M2) for piece in pieces]
     row_exp = tl.max(_largest([piece.tile_exp for piece in held]), axis=0)
     for i in tl.static_range(PIECES):
-        _store(payload_ptr + row * cols, final_words(held[i], row_exp, LOCAL, FOLD, E5M2), i * WIDTH, cols, i == PIECES - 1 and not WHOLE)
+        store_flat(payload_ptr + row * cols, final_words(held[i], row_exp, LOCAL, FOLD, E5M2), i * WIDTH, cols, i == PIECES - 1 and not WHOLE)
     COUNT: tl.constexpr = triton.next_power_of_2(PIECES)
     tile_exp = _stacked([piece.tile_exp for piece in held], 0, COUNT)
     exponent = tl.reshape(_stacked([tl.ravel(piece.exponent) for piece in held], 0, COUNT), (BLOCK * COUNT, 4))

@@ -94,6 +94,32 @@ def load_raw(ptr, first, cols, TILES: tl.constexpr):
 
 
 @triton.jit
+def flat_columns(first, TILES: tl.constexpr):
+    """`columns_of` from ``first`` on as a matrix [4 * TILES, 32]: then the compiler gives neighbouring threads neighbouring groups, not neighbouring tiles."""
+    return first + tl.arange(0, 4 * TILES)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
+def load_flat(ptr, first, cols, TILES: tl.constexpr, MASK: tl.constexpr = True, OTHER: tl.constexpr = 0.0):
+    """`load_raw` through `flat_columns`. MASK: OTHER beyond ``cols``; without it, nothing of the piece may be there."""
+    column = flat_columns(first, TILES)
+    x = tl.load(ptr + column, mask=column < cols, other=OTHER) if MASK else tl.load(ptr + column)
+    return tl.reshape(x, (TILES, 4, 32))
+
+
+@triton.jit
+def store_flat(ptr, word, first, cols, MASK: tl.constexpr = True):
+    """FP8 words [TILES, 4, 8] to where `load_flat` would read them."""
+    TILES: tl.constexpr = word.shape[0]
+    column = flat_columns(first, TILES)
+    byte = tl.reshape(bytes_of(word), (4 * TILES, 32))
+    if MASK:
+        tl.store(ptr + column, byte, mask=column < cols)
+    else:
+        tl.store(ptr + column, byte)
+
+
+@triton.jit
 def load_row_prob(prob_ptr, row, PROB: tl.constexpr):
     """What multiplies a row: its probability, 1 where there is none."""
     if PROB:
@@ -285,10 +311,12 @@ __all__ = [
     "columns_of",
     "empty_rows",
     "final_words",
+    "flat_columns",
     "hold_known",
     "hold_piece",
     "is_fused",
     "largest",
+    "load_flat",
     "load_piece",
     "load_raw",
     "load_row",
@@ -296,6 +324,7 @@ __all__ = [
     "micro_amax",
     "plan_row",
     "row_result",
+    "store_flat",
     "store_piece",
     "store_row",
     "store_row_scale",

@@ -31,7 +31,7 @@ ROWS = [  # granularity, E5M2, columns (4096: one block; 11008: block and tail),
 ]
 WORDS = {"payload_ptr": "*i32", "out_ptr": "*i32", "source_ptr": "*fp32"}
 SIGMOID = "ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32"  # between 0 and 1, plus 1: what is flushed does not count
-EXP_MINUS_1 = re.compile(r"(ex2|rcp)\.approx\.ftz\.f32 \S+, t;")  # xielu: 1 is subtracted from it; gelu: the tail below 1e-38, and 1 / (1 + |x|)
+EXP_MINUS_1 = re.compile(r"(ex2|rcp)\.approx\.ftz\.f32 \S+, t;")  # next to a 1, gelu's tail below 1e-38, logits nothing next to their row
 TRANSPOSE = {"PARTS": 128, "COLUMNS_FIRST": True}
 
 
@@ -72,8 +72,8 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found.append(("cross_entropy", "_softmax_parts_kernel", {"BLOCK": 4096, "num_warps": 4}, {"labels_ptr": "*i64", "parts_ptr": "*fp32"}, 4))
     vectors = {"labels_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "target_ptr", "dloss_ptr"), "*fp32")
     for local, e5m2 in (("micro", True), ("row", False), ("tile", True)):
-        form = {"TILES": 32, "E5M2": e5m2, **LOCAL[local], "num_warps": 4}
-        found.append(("cross_entropy", "_cross_entropy_backward_quantize_kernel", form, vectors, 4))
+        form = {**import_module("fp8_recipes.kernels.cross_entropy").GRADIENT_OPTIONS, "E5M2": e5m2, **LOCAL[local]}
+        found.append(("cross_entropy", "_cross_entropy_backward_quantize_kernel", form, vectors, 8))
     found += permute_cases()
     found += routing_cases()
     found += dispatch_cases()
