@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fp8_recipes import ops
+from fp8_recipes import from_name, ops
 from fp8_recipes.formats import FORMATS
+from fp8_recipes.nn import moe_experts
 from fp8_recipes.nn.dispatch import AllToAll, DeepEP, Local
 from fp8_recipes.tensor import ScaledTensor
 
@@ -256,6 +257,13 @@ def waits(rank: int, world: int, device: torch.device) -> str:
     return message
 
 
+def layer_output(d: AllToAll, given: SimpleNamespace) -> torch.Tensor:
+    """The forward pass of a whole layer of experts over the ranks."""
+    local = given.experts // d.size
+    w1, w2 = ([torch.ones(*shape).bfloat16().requires_grad_() for _ in range(local)] for shape in ((32, COLS), (COLS, 16)))
+    return moe_experts(given.x, given.index, given.prob, w1, w2, recipe=from_name("fp8_flow_moe"), dispatcher=d, num_experts=given.experts)
+
+
 def leave(rank: int, world: int, store: str, out: str, how: str, when: str) -> None:
     """Rank 1 dies, or stops taking part, before a collective; rank 0 writes what it got and after how many seconds."""
     torch.set_num_threads(1)
@@ -266,11 +274,17 @@ def leave(rank: int, world: int, store: str, out: str, how: str, when: str) -> N
     received = d.dispatch(q, given.prob, plan)[0]
     y = torch.zeros(received.shape, dtype=torch.bfloat16)
     d.combine(y, plan)
+    output = layer_output(d, given)
     if rank == 1:
         while how == "stops" and not Path(out).exists():
             time.sleep(0.1)
         os._exit(0)  # as a killed process: nothing is closed in order
-    calls = {"plan": lambda: d.plan(given.index, given.experts), "dispatch": lambda: d.dispatch(q, given.prob, plan), "combine": lambda: d.combine(y, plan)}
+    calls: dict[str, Callable[[], object]] = {
+        "plan": lambda: d.plan(given.index, given.experts),
+        "dispatch": lambda: d.dispatch(q, given.prob, plan),
+        "combine": lambda: d.combine(y, plan),
+        "backward": lambda: output.backward(torch.ones_like(output)),
+    }
     began = time.perf_counter()
     message = error_of(calls[when])
     torch.save((message, time.perf_counter() - began), f"{out}.tmp")

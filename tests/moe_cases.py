@@ -204,7 +204,7 @@ CALLS = {  # of one forward and backward with moe_saved=h
     "combine_rows": 2,
     "copies_of_rows": 1,
 }
-FREE = {"aten.empty", "aten.view", "aten.detach", "aten.alias", "aten.unbind", "aten.slice", "aten.select", "aten.as_strided", "aten._unsafe_view"}
+FREE = {f"aten.{name}" for name in "empty new_empty view detach alias unbind slice select as_strided _unsafe_view".split()}
 """Operators that move nothing."""
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
-from moe_cases import Case, Results, case, flow, results, top_k
+from moe_cases import FLOW, Case, H, Results, case, flow, results, top_k, watched, with_main_grad
 
+from fp8_recipes.nn import moe_experts
 from fp8_recipes.nn.dispatch import AllToAll
 
 EXPERTS, K = 8, 3
-SPLITS = {"usual": 55, "no tokens on rank 1": 90, "all tokens to rank 1": 40, "one expert for all": 45}
+SPLITS = {"usual": 55, "no tokens on rank 1": 90, "all tokens to rank 1": 40, "one expert for all": 45, "NaN in a token": 55}
 """Tokens of rank 0, of 90."""
 SAVED = {"usual": ("activation", "h", "input")}
 XIELU = ("usual", "all tokens to rank 1")
+POISONED = (5, 7)
+"""Token and feature that are NaN, in the case that has one."""
 RUNS = [(name, saved, "swiglu") for name in SPLITS for saved in SAVED.get(name, ("h",))] + [(name, "h", "xielu") for name in XIELU]
 """Splits, moe_saved, activation."""
 
@@ -27,7 +31,19 @@ def whole(name: str, activation: str) -> Case:
         index = torch.where(index < 0, index, index % 4 + 4)
     if name == "one expert for all":
         index = torch.full((90, 1), 6)
-    return case(index, EXPERTS, activation=activation)
+    c = case(index, EXPERTS, activation=activation)
+    if name == "NaN in a token":
+        c.x[POISONED] = torch.nan
+    return c
+
+
+def launches(c: Case, dispatcher: AllToAll) -> tuple[dict[str, int], list[str]]:
+    """(calls of each operation, operators outside the operations that touch a large tensor) of one forward and backward over the ranks."""
+    w1, w2 = with_main_grad(c)
+    x, prob = c.x.clone().requires_grad_(), c.prob.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, watched(patch, large=32 * H) as (calls, movements):
+        moe_experts(x, c.index, prob, w1, w2, recipe=FLOW, dispatcher=dispatcher, num_experts=EXPERTS).backward(c.dy)
+    return dict(calls), movements.seen
 
 
 def part(c: Case, name: str, rank: int, world: int) -> Case:
@@ -50,5 +66,7 @@ def work(rank: int, world: int, backend: str, store: str, out: str) -> None:
         got = results(mine, flow(f"fp8_flow_moe:moe_saved={saved}", activation=activation, dispatcher=dispatcher, num_experts=EXPERTS))
         found[name, saved, activation] = {key: t.cpu() for key, t in got.items()}
     torch.save(found, f"{out}/{rank}.pt")
+    if backend == "gloo":
+        torch.save(launches(part(whole("usual", "swiglu"), "usual", rank, world), dispatcher), f"{out}/launches {rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -144,7 +144,7 @@ def test_wrong_use_is_the_same_clear_error_on_every_rank(two, what):
         assert results["errors"][what].startswith(expected if isinstance(expected, str) else expected[rank]), f"rank {rank}: {results['errors'][what]}"
 
 
-@pytest.mark.parametrize(("how", "when"), [("dies", "dispatch"), ("dies", "plan"), ("stops", "combine")])
+@pytest.mark.parametrize(("how", "when"), [("dies", "dispatch"), ("dies", "plan"), ("stops", "combine"), ("dies", "backward")])
 def test_a_rank_that_leaves_is_an_error_and_no_hang(tmp_path, how, when):
     """The process group's timeout is 4 s."""
     out = tmp_path / "result.pt"
