@@ -204,7 +204,7 @@ CALLS = {  # of one forward and backward with moe_saved=h
     "combine_rows": 2,
     "copies_of_rows": 1,
 }
-FREE = {f"aten.{name}" for name in "empty new_empty view detach alias unbind slice select as_strided _unsafe_view".split()}
+FREE = {f"aten.{name}" for name in ["empty", "new_empty", "view", "detach", "alias", "unbind", "slice", "select", "as_strided", "_unsafe_view"]}
 """Operators that move nothing."""
 
 
