@@ -1,14 +1,14 @@
-"""Routing, gather, combine and SwiGLU with probability on one GPU: checked bit for bit against the reference, then timed against a copy of the same bytes.
+"""Routing, gather and combine on one GPU: checked bit for bit against the reference, then timed against a copy of the same bytes.
 
     python scripts/bench_permute.py [--check] [--csv DIR] [--rounds N]      (--check: no timing)
 
 Bytes are the least that must move: gather reads a token once and writes all rows of the buffer (padding included), combine reads K rows and writes one.
+What SwiGLU does with the probabilities is in bench_experts.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from functools import partial
@@ -22,11 +22,11 @@ from kernel_timing import Calls, Table, copy_calls, measure, record
 from fp8_recipes import kernels, reference
 from fp8_recipes.tensor import ScaledTensor
 
-SHAPES = {  # tokens, K, experts, hidden, ffn
-    "V2-Lite": (16384, 6, 64, 2048, 1408),
-    "V3, 8 local experts": (32768, 1, 8, 7168, 2048),
-    "V3, one rank": (4096, 8, 256, 7168, 2048),
-    "Qwen3-30B": (8192, 8, 128, 2048, 768),
+SHAPES = {  # tokens, K, experts, hidden
+    "V2-Lite": (16384, 6, 64, 2048),
+    "V3, 8 local experts": (32768, 1, 8, 7168),
+    "V3, one rank": (4096, 8, 256, 7168),
+    "Qwen3-30B": (8192, 8, 128, 2048),
 }
 
 
@@ -37,7 +37,7 @@ def routing(tokens: int, k: int, experts: int, seed: int = 0) -> torch.Tensor:
     return score.topk(k, dim=1).indices.int()
 
 
-def check_shape(name: str, tokens: int, k: int, experts: int, hidden: int, ffn: int) -> int:
+def check_shape(name: str, tokens: int, k: int, experts: int, hidden: int) -> int:
     """Number of results that differ from the reference."""
     index = routing(tokens, k, experts)
     index[::97, 0] = -1
@@ -55,22 +55,11 @@ def check_shape(name: str, tokens: int, k: int, experts: int, hidden: int, ffn: 
     for weight in (None, prob):
         same = torch.equal(kernels.combine_rows(y, row_map, weight), reference.combine_rows(y, row_map, weight))
         bad += [] if same else [f"combine {'weighted' if weight is not None else ''}"]
-    h, dy, row_prob = data(4096, 2 * ffn), data(4096, ffn, 1), torch.rand(4096, device="cuda")
-    for granularity, fold in (("micro", "row"), ("row", None), ("tile", None)):
-        options = {"fold": fold, "prob": row_prob}
-        pairs = [(kernels.swiglu_quantize(h, granularity, **options), reference.swiglu_quantize(h, granularity, **options))]
-        got, gradient = kernels.swiglu_backward_quantize(dy, h, granularity, **options)
-        expected, expected_gradient = reference.swiglu_backward_quantize(dy, h, granularity, **options)
-        pairs.append((got, expected))
-        bad += [f"swiglu {granularity}" for a, e in pairs if differences(a, e) > 1e-3 * a.payload.numel()]
-        magnitude = (dy.float() * reference.activation.swiglu(h)).abs().sum(1)
-        if ((gradient - expected_gradient).abs() > 1e-5 * magnitude).any():
-            bad.append(f"gradient of prob {granularity}")
     print(f"check {name}: {'pass' if not bad else 'FAIL ' + ', '.join(bad)}")
     return len(bad)
 
 
-def bench_shape(table: Table, name: str, tokens: int, k: int, experts: int, hidden: int, ffn: int, rounds: int) -> None:
+def bench_shape(table: Table, name: str, tokens: int, k: int, experts: int, hidden: int, rounds: int) -> None:
     row_map = kernels.route_map(routing(tokens, k, experts), experts)
     rows, copies = row_map.rows, tokens * k
     xs = [data(tokens, hidden, i) for i in range(3)]
@@ -78,23 +67,16 @@ def bench_shape(table: Table, name: str, tokens: int, k: int, experts: int, hidd
     ys = [kernels.gather_rows(x, row_map)[0] for x in xs]
     prob = torch.rand(tokens, k, device="cuda")
     index = routing(tokens, k, experts)
-    hs, dys, row_prob = [data(rows, 2 * ffn, i) for i in range(2)], [data(rows, ffn, i) for i in range(2)], torch.rand(rows, device="cuda")
-    options = {"granularity": "tile", "fold": "row", "prob": row_prob}
     cases: dict[str, tuple[float, Calls]] = {
         "gather_rows FP8 row": ((tokens + rows) * (hidden + hidden / 128 + 8), {"": [partial(kernels.gather_rows, q, row_map, prob) for q in qs]}),
         "gather_rows bf16": ((tokens + rows) * 2 * hidden, {"": [partial(kernels.gather_rows, x, row_map) for x in xs]}),
         "combine_rows": ((tokens + copies) * 2 * hidden, {"": [partial(kernels.combine_rows, y, row_map) for y in ys]}),
         "combine_rows weighted": ((tokens + copies) * 2 * hidden, {"": [partial(kernels.combine_rows, y, row_map, prob) for y in ys]}),
-        "swiglu_quantize prob": (rows * ffn * 5, {"": [partial(kernels.swiglu_quantize, h, **options) for h in hs]}),
-        "swiglu_backward_quantize prob": (
-            rows * ffn * 8,
-            {"": [partial(kernels.swiglu_backward_quantize, dy, h, **options) for dy, h in zip(dys, itertools.cycle(hs), strict=False)]},
-        ),
     }
-    print(f"{name}: {tokens} tokens, top {k} of {experts}, hidden {hidden}, ffn {ffn}; {rows} rows, {int(row_map.offsets[-1])} in use")
+    print(f"{name}: {tokens} tokens, top {k} of {experts}, hidden {hidden}; {rows} rows, {int(row_map.offsets[-1])} in use")
     for op, (moved, calls) in cases.items():
         times = measure({"copy": copy_calls(moved), op: calls[""]}, rounds)
-        record(table, (rows, ffn if "swiglu" in op else hidden), times, {"copy": moved, op: moved})
+        record(table, (rows, hidden), times, {"copy": moved, op: moved})
     times = measure({"copy": copy_calls(1 << 20), "route_map": [partial(kernels.route_map, index, experts)] * 2}, rounds)
     record(table, (copies, experts), times, {"copy": 1 << 20})
 

@@ -14,9 +14,9 @@ from fp8_recipes.nn import moe_experts
 from fp8_recipes.weight_scaling import WeightScaling
 
 SHAPES = {  # tokens, K, experts, hidden, ffn
-    "V2-Lite": (16384, 6, 64, 2048, 1408),
     "V3, 8 local experts": (32768, 1, 8, 7168, 2048),
     "Qwen3-30B-A3B": (16384, 8, 128, 2048, 768),
+    "V2-Lite": (16384, 6, 64, 2048, 1408),
 }
 MICROBATCHES = 4
 
@@ -222,5 +222,3 @@ class TransformerEngine(Contender):
             h = self.fc1(x, splits, is_first_microbatch=first)
             y = self.fc2(weighted_swiglu(h, prob), splits, is_first_microbatch=first)
         return te.moe_unpermute(y, row_ids, restore_shape=self.x.shape, map_type="mask", pad_offsets=pads)
-
-
