@@ -18,7 +18,7 @@ from ..formats import E4M3, Format
 from ..reference.moments import FIELDS, NO_EXPONENT, SUMS, WIDTH, check_moments, neutral
 from ..tensor import ScaledTensor
 from . import common
-from .common import check_device, decode, finite_or_nan, is_e5m2, pow2, to_fp32
+from .common import check_device, check_payload, decode, finite_or_nan, is_e5m2, pow2, to_fp32
 from .launch import launch
 
 PROGRAMS = 16 * 132
@@ -194,6 +194,8 @@ def moments(
         return reference.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=out, row_sums=row_sums)
     source = x if x is not None else q.payload  # type: ignore[union-attr]
     check_device(source, "x")
+    if q is not None:
+        check_payload(q)
     result = neutral(device=source.device) if out is None else out
     programs = min(rows, PROGRAMS)
     partial = common.empty((programs, WIDTH), torch.float64, source.device)

@@ -10,6 +10,7 @@ from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.kernels import moments
 from fp8_recipes.kernels.moments import BLOCK
 from fp8_recipes.reference.moments import FIELDS, WIDTH, neutral
+from fp8_recipes.tensor import ScaledTensor
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -88,3 +89,6 @@ def test_bad_arguments_raise_before_a_launch(device: torch.device) -> None:
         moments(None)
     with pytest.raises(TypeError, match="int32"):
         moments(torch.ones(2, 2, dtype=torch.int32, device=device))
+    q = reference.quantize(torch.ones(2, 64, device=device), "row")
+    with pytest.raises(ValueError, match="not contiguous"):
+        moments(None, ScaledTensor(q.payload[:, ::2], q.scale, "row"))
