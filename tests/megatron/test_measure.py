@@ -32,6 +32,10 @@ last = int(value("--exit-interval", value("--train-iters", "0")))
 if "--fp8-log" in flags:
     with open(value("--fp8-log", ""), "a") as log:
         log.writelines(json.dumps({{"iteration": n, "lm_loss_hex": "0x1.8p+1"}}) + "\\n" for n in range(first, last + 1))
+if "--fp8-metrics-log" in flags:
+    with open(value("--fp8-metrics-log", ""), "a") as log:
+        line = {{"kind": "metrics", "loss": 3.0, "tensors": {{"layers.1.qkv": {{"kurtosis": 3.0}}}}}}
+        log.writelines(json.dumps(line | {{"step": n}}) + "\\n" for n in (1, 10))
 if "--save" in flags:
     Path(value("--save", "")).mkdir(parents=True)
     Path(value("--save", ""), "latest_checkpointed_iteration.txt").write_text(str(last))

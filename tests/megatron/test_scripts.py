@@ -318,6 +318,12 @@ def test_divergence_script_goes_on_after_a_run_that_ends_early_and_draws_all(tmp
     assert (out / "report.html").is_file()
     log = (out / "fog_150m_fog" / "log").read_text()
     assert "--lr 9e-3 --fp8-metrics-interval 10" in log and "--no-check-for-nan-in-loss-and-grad" in log and ("gpu=1" in log) == (parallel == "2")
+    own = ["llama3_150m+bf16", "llama3_150m+moss:interval=9@2e-2", "fog_150m+fog@2e-2"]
+    shared = {**environment, "PARALLEL": "3", "CUDA_VISIBLE_DEVICES": "5,7"}
+    assert run(SCRIPTS / "divergence_megatron.sh", out, *own, **shared).returncode == 0
+    for name, gpu, lr in (("llama3_150m_bf16", 5, "9e-3"), ("llama3_150m_moss_interval_9_2e-2", 7, "2e-2"), ("fog_150m_fog_2e-2", 5, "2e-2")):
+        log = (out / name / "log").read_text()
+        assert f"gpu={gpu} " in log and f" --lr {lr} " in log and "@" not in log
     refused = run(SCRIPTS / "divergence_megatron.sh", out, "fog", **environment)
     assert refused.returncode == 2 and "'fog' is not MODEL+RECIPE" in refused.stderr
 
