@@ -214,7 +214,7 @@ def swiglu_quantize_saving(
 
 
 def gradient_options(cols: int, granularity: str) -> dict[str, Any]:
-    """How one program covers the two halves of a row, side by side, of ``cols`` columns each. scripts/sweep_swiglu.py tries others."""
+    """How one program covers the two halves of a row, side by side, of ``cols`` columns each. scripts/sweep_rows.py tries others."""
     plan = plan_row(cols, GRADIENT_PER_THREAD)
     limit = REGISTERS.get((plan.block + plan.tail) * TILE // (32 * plan.warps)) if plan.warps == 8 and granularity != "row" else None
     return {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps, **({"maxnreg": limit} if limit else {})}
