@@ -84,7 +84,12 @@ class _Kind:
 
 @functools.cache
 def _plan(kind: _Kind) -> _Plan | None:
-    """The plan, or None if cuBLASLt has no algorithm for this product."""
+    """The plan that cuBLASLt recommends, or None if it has no algorithm for this product."""
+    return next(iter(candidates(kind, 1)), None)
+
+
+def candidates(kind: _Kind, count: int) -> list[_Plan]:
+    """Up to ``count`` plans for one kind of product, the fastest by cuBLASLt's own model first."""
     (m, n, k), (b_dtype, a_dtype, out_dtype) = kind.shape, kind.dtypes
     desc, pref = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cublasLtMatmulDescCreate", ctypes.byref(desc), _COMPUTE_32F, _TYPES[torch.float32])
@@ -105,16 +110,14 @@ def _plan(kind: _Kind) -> _Plan | None:
     at_b, at_a, at_out = kind.alignment
     for attribute, value in zip(_MIN_ALIGNMENT, (at_b, at_a, at_out, at_out), strict=True):
         _call("cublasLtMatmulPreferenceSetAttribute", pref, attribute, ctypes.byref(ctypes.c_uint32(value)), 4)
-    result, found = _HeuristicResult(), ctypes.c_int(0)
+    results, found = (_HeuristicResult * count)(), ctypes.c_int(0)
     handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
     at, bt, dt = layouts
-    status = _library().cublasLtMatmulAlgoGetHeuristic(handle, desc, at, bt, dt, dt, pref, 1, ctypes.byref(result), ctypes.byref(found))
+    status = _library().cublasLtMatmulAlgoGetHeuristic(handle, desc, at, bt, dt, dt, pref, count, results, ctypes.byref(found))
     _call("cublasLtMatmulPreferenceDestroy", pref)
     if status not in (0, _NOT_SUPPORTED):
         raise RuntimeError(f"cublasLtMatmulAlgoGetHeuristic failed with cublasStatus {status}")
-    if status or not found.value or result.state:
-        return None
-    return _Plan(desc, (at, bt, dt), result)
+    return [] if status else [_Plan(desc, (at, bt, dt), result) for result in results[: found.value] if not result.state]
 
 
 def _alignment(t: torch.Tensor) -> int:
@@ -124,10 +127,14 @@ def _alignment(t: torch.Tensor) -> int:
 
 def plan_for(a: ScaledTensor, b: ScaledTensor, out: torch.Tensor, fast: bool) -> _Plan | None:
     """The plan for ``out (+)= a b^T``, or None if cuBLASLt has none. Row scales on both sides; searched once per kind of product."""
+    return _plan(kind_of(a, b, out, fast))
+
+
+def kind_of(a: ScaledTensor, b: ScaledTensor, out: torch.Tensor, fast: bool) -> _Kind:
     shape = (a.shape[0], b.shape[0], a.shape[1])
     dtypes = (b.payload.dtype, a.payload.dtype, out.dtype)
     alignment = (_alignment(b.payload), _alignment(a.payload), _alignment(out))
-    return _plan(_Kind(threading.get_ident(), out.device.index, shape, dtypes, alignment, fast))
+    return _Kind(threading.get_ident(), out.device.index, shape, dtypes, alignment, fast)
 
 
 Operand = tuple[torch.Tensor, torch.Tensor]
