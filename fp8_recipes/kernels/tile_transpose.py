@@ -19,31 +19,29 @@ from .fold_transpose import _source_constants
 from .launch import launch
 from .words import load_quads, shift_words, transpose_4x4
 
+SMALLEST = tl.constexpr(2.0**-126)
+
 
 @triton.jit
-def _scale_byte(source_ptr, row, column, mask, cols, GROUP: tl.constexpr):
-    """E8M0 byte of the scale of [row, column] (broadcastable); 255 where it is no normal power of two. GROUP 0: fp32 per row, 128: fp32 per tile, 32: E8M0."""
+def _scale_byte(source_ptr, row, word, col_block, rows, cols, GROUP: tl.constexpr):
+    """E8M0 byte of the scales of these rows in one column block; 255 where one is no normal power of two. What lies outside has the smallest scale.
+
+    row: [32, 1], word: [1, 32]. GROUP 0: fp32 per row, 128: fp32 per tile; both [32, 1], read once per row. 32: E8M0, [32, 32].
+    """
     if GROUP == 32:
-        return tl.load(source_ptr + row * ((cols + 31) // 32) + column // 32, mask=mask, other=127).to(tl.int32)
+        mask = (row < rows) & (word < cols // 4)
+        return tl.load(source_ptr + row * ((cols + 31) // 32) + word // 8, mask=mask, other=1).to(tl.int32)
     else:
-        at = row + column * 0 if GROUP == 0 else row * ((cols + 127) // 128) + column // 128
-        bits = tl.load(source_ptr + at, mask=mask, other=1.0).to(tl.int32, bitcast=True)
+        at = row if GROUP == 0 else row * ((cols + 127) // 128) + col_block
+        bits = tl.load(source_ptr + at, mask=row < rows, other=SMALLEST).to(tl.int32, bitcast=True)
         byte = bits >> 23  # negative if the sign is set
         return tl.where(((bits & 0x7FFFFF) == 0) & (byte > 0), byte, 255)
 
 
 @triton.jit
-def _largest_byte(source_ptr, exponent_ptr, block, col_block, rows, cols, GROUP: tl.constexpr):
-    """Largest scale byte of one 128 x 128 tile, at least 1 (2**-126); scales that are no powers of two do not count."""
-    row = (block * 128 + tl.arange(0, 128))[:, None]
-    column = col_block * 128 + 32 * tl.arange(0, 4 if GROUP == 32 else 1)[None, :]
-    mask = (row < rows) & (column < cols)
-    if GROUP == 0:
-        byte = tl.load(exponent_ptr + row * ((cols + 127) // 128) + col_block + column * 0, mask=mask, other=0).to(tl.int32)
-    else:
-        byte = _scale_byte(source_ptr, row, column, mask, cols, GROUP)
-    good = mask & (byte < 255)
-    return tl.max(tl.max(tl.where(good, byte, 1), axis=1), axis=0)
+def _counted(byte):
+    """The byte as it counts in a maximum: scales that are no powers of two do not."""
+    return tl.where(byte == 255, 1, byte)
 
 
 @triton.jit
@@ -74,11 +72,16 @@ def _tile_transpose_kernel(
     out_words = rows // 4
     mask = (quad < out_words) & (word < in_words)
     w0, w1, w2, w3 = load_quads(payload_ptr, quad, word, in_words, mask)
-    target = _largest_byte(source_ptr, exponent_ptr, block, col_block, rows, cols, GROUP)
-    b0 = _scale_byte(source_ptr, quad * 4, word * 4, mask, cols, GROUP)
-    b1 = _scale_byte(source_ptr, quad * 4 + 1, word * 4, mask, cols, GROUP)
-    b2 = _scale_byte(source_ptr, quad * 4 + 2, word * 4, mask, cols, GROUP)
-    b3 = _scale_byte(source_ptr, quad * 4 + 3, word * 4, mask, cols, GROUP)
+    b0 = _scale_byte(source_ptr, quad * 4, word, col_block, rows, cols, GROUP)
+    b1 = _scale_byte(source_ptr, quad * 4 + 1, word, col_block, rows, cols, GROUP)
+    b2 = _scale_byte(source_ptr, quad * 4 + 2, word, col_block, rows, cols, GROUP)
+    b3 = _scale_byte(source_ptr, quad * 4 + 3, word, col_block, rows, cols, GROUP)
+    if GROUP == 0:
+        row = (block * 128 + tl.arange(0, 128))[:, None]
+        byte = _counted(tl.load(exponent_ptr + row * col_blocks + col_block, mask=row < rows, other=1).to(tl.int32))
+    else:
+        byte = tl.maximum(tl.maximum(_counted(b0), _counted(b1)), tl.maximum(_counted(b2), _counted(b3)))
+    target = tl.max(tl.max(byte, axis=1), axis=0)
     w0 = shift_words(w0, tl.where(b0 == 255, 255, b0 - target), E5M2)
     w1 = shift_words(w1, tl.where(b1 == 255, 255, b1 - target), E5M2)
     w2 = shift_words(w2, tl.where(b2 == 255, 255, b2 - target), E5M2)
