@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from moe_cases import FLOW, Case, H, Results, case, flow, results, top_k, watched, with_main_grad
+from moe_cases import FLOW, Case, F, H, Results, case, flow, results, top_k, watched, with_main_grad
 
-from fp8_recipes.nn import moe_experts
+from fp8_recipes.nn import MoE, moe_experts
 from fp8_recipes.nn.dispatch import AllToAll
 
 EXPERTS, K = 8, 3
@@ -46,6 +47,25 @@ def launches(c: Case, dispatcher: AllToAll) -> tuple[dict[str, int], list[str]]:
     return dict(calls), movements.seen
 
 
+def module(state: dict[str, torch.Tensor] | None = None, **changed: Any) -> MoE:
+    """`MoE` with shared experts and an auxiliary loss; ``state``: of the whole one, of which it takes its experts."""
+    torch.manual_seed(3)
+    layer = MoE(H, F, EXPERTS, K, shared_ffn=64, aux_loss=0.1, dtype=torch.bfloat16, **changed)
+    if state is not None:
+        first = layer.dispatcher.rank * len(layer.w1) if len(layer.w1) < EXPERTS else 0  # type: ignore[attr-defined]
+        layer.load_state_dict({name: state[name if name[0] != "w" else f"{name[:3]}{int(name[3:]) + first}"] for name in layer.state_dict()})
+    return layer
+
+
+def gradients(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Results:
+    """y, dx and the gradient of every parameter by its name here."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None
+    return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in layer.named_parameters() if p.grad is not None}}
+
+
 def part(c: Case, name: str, rank: int, world: int) -> Case:
     """What rank holds: its tokens, its experts."""
     begin, end = (0, SPLITS[name]) if rank == 0 else (SPLITS[name], 90)
@@ -67,6 +87,8 @@ def work(rank: int, world: int, backend: str, store: str, out: str) -> None:
         found[name, saved, activation] = {key: t.cpu() for key, t in got.items()}
     torch.save(found, f"{out}/{rank}.pt")
     if backend == "gloo":
-        torch.save(launches(part(whole("usual", "swiglu"), "usual", rank, world), dispatcher), f"{out}/launches {rank}.pt")
+        mine = part(whole("usual", "swiglu"), "usual", rank, world)
+        torch.save(gradients(module(module().state_dict(), dispatcher=dispatcher), mine.x, mine.dy), f"{out}/module {rank}.pt")
+        torch.save(launches(mine, dispatcher), f"{out}/launches {rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

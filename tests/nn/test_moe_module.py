@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from assertions import assert_snr
@@ -188,6 +192,24 @@ def test_module_trains_like_bf16() -> None:
     fp8, plain = losses("fp8_flow_moe"), losses("bf16")
     assert plain[-1] < 0.9 * plain[0]
     assert fp8[-1] == pytest.approx(plain[-1], rel=0.02) and fp8[0] == pytest.approx(plain[0], rel=1e-3)
+
+
+ALONE = """
+import sys
+sys.modules |= dict.fromkeys(("transformer_engine", "megatron", "triton"))
+import torch
+from fp8_recipes.nn import MoE
+layer = MoE(64, 32, 4, 2, shared_ffn=32, dtype=torch.bfloat16)
+x = torch.randn(24, 64, dtype=torch.bfloat16, requires_grad=True)
+layer(x).sum().backward()
+assert all(p.grad is not None for p in layer.parameters()) and x.grad.isfinite().all()
+"""
+
+
+def test_needs_neither_megatron_nor_transformer_engine() -> None:
+    """In a process where importing them fails, and Triton, which a CPU does not need."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_module_names_and_repr() -> None:

@@ -11,6 +11,7 @@ from moe_cases import CALLS, Results, flow, results
 
 RUNS: dict[str, list[dict[tuple[str, str, str], Results]]] = {}
 LAUNCHES: list[tuple[dict[str, int], list[str]]] = []
+MODULES: list[Results] = []
 
 
 @pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
@@ -24,6 +25,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         RUNS[backend] = [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
         if backend == "gloo":
             LAUNCHES.extend(torch.load(out / f"launches {rank}.pt", weights_only=False) for rank in range(2))
+            MODULES.extend(torch.load(out / f"module {rank}.pt") for rank in range(2))
     if not RUNS[backend]:
         pytest.fail(f"the run over two ranks ({backend}) failed in an earlier test")
     return "cpu" if backend == "gloo" else "cuda", RUNS[backend]
@@ -67,3 +69,18 @@ def test_two_casts_stand_alone_across_ranks_too(ranks: object, rank: int) -> Non
     calls, outside = LAUNCHES[rank]
     assert calls == CALLS | ACROSS
     assert [text.split()[0] for text in outside] == ["c10d.alltoall_base_"] * 4, outside
+
+
+@pytest.mark.parametrize("ranks", ["gloo"], indirect=True)
+def test_module_over_ranks_equals_one(ranks: object) -> None:
+    """`MoE` with router and shared experts: each rank holds half of the experts and of the tokens; what it has of the others is summed by the user."""
+    c = moe_worker.whole("usual", "swiglu")
+    want, half = moe_worker.gradients(moe_worker.module(), c.x, c.dy), moe_worker.EXPERTS // 2
+    for name, expected in want.items():
+        if name in ("y", "dx"):
+            assert_snr(expected, torch.cat([one[name] for one in MODULES]), 45.0, name)
+        elif name[0] == "w":
+            rank, local = divmod(int(name[3:]), half)
+            assert_snr(expected, MODULES[rank][f"{name[:3]}{local}"], 45.0, name)
+        else:  # of router and shared experts a rank has its own tokens' part, in bf16
+            assert_snr(expected, sum(one[name].float() for one in MODULES), 24.0 if name.startswith("shared") else 40.0, name)  # type: ignore[arg-type]
