@@ -1,4 +1,4 @@
-"""Row kernels as they were before their default changed, for sweep_rows.py: one program holds a row's block and tail and every reduction is one per piece."""
+"""Row kernels that are not the default, for sweep_rows.py: two as they were before it changed, and one that may replace it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fp8_recipes.kernels.common import finite_or_nan, scale_exponent, to_fp32
 from fp8_recipes.kernels.cross_entropy import SLACK
+from fp8_recipes.kernels.rmsnorm import load_pieces, store_pieces
 from fp8_recipes.kernels.rows import columns_of, hold_piece, load_piece, load_raw, load_row, store_piece, store_row, store_row_scale, total
 
 
@@ -79,3 +80,27 @@ def cross_entropy_before(
         held = hold_piece(finite_or_nan(tl.where(column < cols, p * dloss, 0.0)), LOCAL, E5M2)
         store_piece(held, row_exp, row, first, cols, cols, payload_ptr, scale_ptr, tile_exponent_ptr, LOCAL, FOLD, E5M2)
     store_row_scale(scale_ptr, row, row_exp, LOCAL, FOLD)
+
+
+@triton.jit
+def quantize_in_pieces(
+    x_ptr,
+    payload_ptr,
+    scale_ptr,
+    tile_exponent_ptr,
+    global_ptr,
+    cols,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    FOLD: tl.constexpr,
+    E5M2: tl.constexpr,
+    GLOBAL: tl.constexpr,
+):
+    """`quantize` of a row in equal pieces, as RMSNorm takes it: the block and tail of the default have 12 barriers at 11008 columns, this has 4."""
+    tl.static_assert(not GLOBAL)
+    row = tl.program_id(0).to(tl.int64)
+    pieces = load_pieces(x_ptr + row * cols, 0, cols, BLOCK, PIECES, WHOLE)
+    held = [hold_piece(finite_or_nan(to_fp32(piece[0])), LOCAL, E5M2) for piece in pieces]
+    store_pieces(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, WHOLE, LOCAL, FOLD, E5M2)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,11 +24,11 @@ import torch
 from bench_kernels import attribute, data
 from benchmark import write
 from kernel_timing import copy_calls, measure
-from row_contenders import cross_entropy_before, rmsnorm_before
+from row_contenders import cross_entropy_before, quantize_in_pieces, rmsnorm_before
 
 from fp8_recipes import kernels
-from fp8_recipes.formats import E5M2
-from fp8_recipes.kernels.rows import plan_row
+from fp8_recipes.formats import E4M3, E5M2
+from fp8_recipes.kernels.rows import plan_row, row_result
 from fp8_recipes.tensor import TILE, ScaledTensor
 
 DENSE = (8192, 11008)
@@ -36,11 +36,13 @@ EXPERTS = (102400, 1408)
 """Rows in use for 16384 tokens of top-6 over 64 experts, and the width of one."""
 TOKENS, TOP_K, NUM_EXPERTS = 16384, 6, 64
 RMSNORM = {
-    4096: ((1, 4, None), (2, 4, None), (2, 8, None), (4, 8, None), (4, 16, None), (4, 16, 40)),
-    11008: ((2, 8, None), (4, 16, None), (4, 16, 64), (8, 16, 48), (8, 32, None), (8, 32, 48)),
-    14336: ((4, 16, None), (4, 16, 72), (8, 16, None), (8, 16, 48), (8, 32, None)),
+    4096: ((1, 4, None), (2, 8, None), (4, 8, None), (4, 16, None), (4, 16, 40)),
+    11008: ((2, 8, None), (4, 16, None), (4, 16, 64), (8, 32, None), (8, 32, 48)),
+    14336: ((4, 16, None), (4, 16, 72), (8, 16, 48), (8, 32, None)),
 }
 """Columns -> (warps, tiles per piece, registers per thread) that are tried: 16 values of a piece per thread, or 8; more warps or more registers."""
+QUANTIZE = {4096: ((1, 4), (2, 8)), 11008: ((2, 8), (4, 16))}
+"""Columns -> (warps, tiles per piece) of the form in equal pieces."""
 LOSS = ((1, 4, 2, None), (1, 4, 4, 64), (1, 4, 8, None), (2, 8, 2, None), (2, 8, 4, None), (4, 16, 2, None))
 """(warps, tiles per piece, pieces, registers per thread)."""
 Patches = tuple[tuple[str, str, object], ...]
@@ -67,15 +69,33 @@ def limited(registers: int | None, **options: int) -> dict[str, int]:
     return options | ({"maxnreg": registers} if registers else {})
 
 
+def equal_pieces(cols: int, block: int, warps: int, registers: int | None = None) -> dict[str, int]:
+    return limited(registers, BLOCK=block, PIECES=-(-cols // (block * TILE)), WHOLE=cols % (block * TILE) == 0, num_warps=warps)
+
+
+def quantize_cases() -> Iterator[Case]:
+    for rows, cols in ((8192, 4096), (8192, 11008)):
+        calls = [partial(kernels.quantize, data(rows, cols, i), "micro", fold="row") for i in range(3)]
+        settings: dict[str, Patches] = {}
+        r = row_result(cols, "micro", "row", E4M3)
+        form = {name: r.constants[name] for name in ("LOCAL", "FOLD", "E5M2")}
+        for warps, block in QUANTIZE[cols]:
+            options = equal_pieces(cols, block, warps)
+            chosen = replace(r, constants=form | options)
+            kernel = ("quantize", "_quantize_rows_kernel", quantize_in_pieces)
+            settings[f"{options['PIECES']} of {block} tiles, {named(warps, None)}"] = (kernel, ("quantize", "row_result", lambda *_, c=chosen: c))
+        yield Case(f"quantize {rows}x{cols}", 3.0 * rows * cols, calls, settings, calls[0])
+
+
 def rmsnorm_cases() -> Iterator[Case]:
     for rows, cols in ((8192, 4096), (8192, 11008), (8192, 14336), (32768, 4096)):
         gamma = torch.randn(cols, device="cuda").div(4).add(1).bfloat16()
         calls = [partial(kernels.rmsnorm_quantize, data(rows, cols, i), gamma, 1e-5, "micro", fold="row") for i in range(3)]
         settings: dict[str, Patches] = {}
         for warps, block, registers in RMSNORM[cols]:
-            pieces = -(-cols // (block * TILE))
-            options = limited(registers, BLOCK=block, PIECES=pieces, WHOLE=cols % (block * TILE) == 0, num_warps=warps)
-            settings[f"{pieces} of {block} tiles, {named(warps, registers)}"] = (("rmsnorm", "row_options", lambda cols, granularity, o=options: o),)
+            options = equal_pieces(cols, block, warps, registers)
+            name = f"{options['PIECES']} of {block} tiles, {named(warps, registers)}"
+            settings[name] = (("rmsnorm", "row_options", lambda cols, granularity, o=options: o),)
         plan = plan_row(cols)
         options = {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
         before = ("rmsnorm", "row_options", lambda cols, granularity, o=options: o)
@@ -140,7 +160,7 @@ def routing_cases() -> Iterator[Case]:
     yield Case("route_map", 4.0 * TOKENS * TOP_K, calls, settings, calls[0])
 
 
-CASES = {"rmsnorm": rmsnorm_cases, "loss": loss_cases, "swiglu": dense_cases, "experts": expert_cases, "routing": routing_cases}
+CASES = {"rmsnorm": rmsnorm_cases, "quantize": quantize_cases, "loss": loss_cases, "swiglu": dense_cases, "experts": expert_cases, "routing": routing_cases}
 
 
 def under(patches: Patches, call: Callable[[], Any]) -> Any:
