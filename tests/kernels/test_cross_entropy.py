@@ -101,6 +101,22 @@ def test_parts_of_two_ranks_combine(device, backend):
         assert_snr(exact[row], got[row], at_least=19)
 
 
+def test_labels_of_another_part_leave_no_trace_in_a_tile_that_is_partly_there(device):
+    """272 columns are two tiles and an eighth: the labels lie in the rest of the third, behind it, and before the first."""
+    logits, _, dloss = inputs(3, 272, device)
+    labels = torch.tensor([273, 272 + 128, -5], device=device)
+    m, s, target = reference.softmax_parts(logits, labels)
+    lse = m + s.log()
+    for granularity, fold in FORMS:
+        want = reference.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, granularity, E5M2, fold=fold)
+        got = kernels.cross_entropy_backward_quantize(logits, labels, lse, target, dloss, granularity, E5M2, fold=fold)
+        if got.granularity == "row":
+            assert_bitwise(got.tile_exponent, want.tile_exponent)
+        else:
+            assert_bitwise(got.scale, want.scale)
+            assert_nearly_bitwise(got.payload, want.payload, 1e-3)
+
+
 @BACKENDS
 def test_bad_logits_stay_in_their_token_and_tokens_without_weight_are_zero(device, backend):
     logits, labels, dloss = inputs(5, 512, device)
