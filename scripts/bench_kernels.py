@@ -264,11 +264,6 @@ def sweep_cases() -> Iterator[tuple[str, tuple[int, int], float, Calls]]:
         for granularity, fold in (("micro", "row"), ("row", None)):
             calls = {f"{n}/thread": [partial(with_per_thread, n, kernels.quantize, x, granularity, fold=fold) for x in xs] for n in PER_THREAD}
             yield f"quantize {granularity}", (rows, cols), 3 * size, calls
-        if cols == 4096:
-            gamma = data(1, cols)[0]
-            options = {"granularity": "micro", "fold": "row"}
-            calls = {f"{n}/thread": [partial(with_per_thread, n, kernels.rmsnorm_quantize, x, gamma, **options) for x in xs] for n in PER_THREAD}
-            yield "rmsnorm_quantize", (rows, cols), 3 * size, calls
         qs = [kernels.quantize(data(rows, cols, i), "micro", fold="row") for i in range(rotations(size))]
         plans = PLANS if (rows, cols) == (8192, 11008) else [p for p in PLANS if p.columns_first]
         calls = {plan_name(plan): [partial(kernels.fold_transpose, q, plan=plan) for q in qs] for plan in plans}
