@@ -67,8 +67,9 @@ class UnfusedPermute(Ours):
 
 
 @torch.compile
-def _dequantize(payload: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (payload.float() * scale[:, None]).bfloat16()
+def _dequantize_transposed(payload: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One pass: torch's own transpose of bytes or halves, a pass by itself, would make this look worse than it has to be."""
+    return (payload.float() * scale[:, None]).bfloat16().t().contiguous()
 
 
 @torch.compile
@@ -79,15 +80,14 @@ def _requantize(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def requantized(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
-    """Dequantise to bf16, transpose, quantise again: three passes where `grouped_fold_transpose` is one (beside the maxima of the exponents, in both)."""
+    """Dequantise to bf16 and transpose, quantise again: two passes where `grouped_fold_transpose` is one (beside the maxima of the exponents, in both)."""
     assert q.tile_exponent is not None
     experts, cols = offsets.shape[0] - 1, q.shape[1]
     tiles = q.tile_exponent.view(-1, TILE, q.tile_exponent.shape[1]).amax(1).int()
     owner = torch.where(block_expert < 0, experts, block_expert).long()
     target = tiles.new_ones(experts + 1, tiles.shape[1]).scatter_reduce_(0, owner[:, None].expand_as(tiles), tiles, "amax")
     scale = from_e8m0(target).repeat_interleave(TILE, dim=1)[:, :cols].contiguous()
-    transposed = _dequantize(q.payload, q.scale).t().contiguous()
-    return GroupedTensor(_requantize(transposed, (1 / scale)[owner].t().contiguous()), scale[:experts].contiguous())
+    return GroupedTensor(_requantize(_dequantize_transposed(q.payload, q.scale), (1 / scale)[owner].t().contiguous()), scale[:experts].contiguous())
 
 
 class DoubleQuantisation(Ours):
