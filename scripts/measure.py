@@ -159,10 +159,10 @@ PARTS = [
     # Bytes: the head of these stays in bf16, so that nothing but blocks is judged, and nearly all of the time is theirs. 765 steps are 100.3 M tokens.
     loss("loss-fog-flash", 9, f"{BLOCKS} START=300 MODEL=fog_150m", "bf16 fog", "loss_fog_150m_common_start"),
     loss("loss-fog-max", 9, f"{BLOCKS} START=300 MODEL=fog_max_150m", "bf16 fog", "loss_fog_max_150m_common_start"),
-    # Two learning rates: at which of them Llama3 goes wrong is not known before. A small batch, for many steps; three runs share a GPU.
+    # Three learning rates: at which of them Llama3 goes wrong is not known before. A small batch, for many steps; three runs share a GPU.
     Part("divergence", 5, 'PARALLEL=6 CUDA_VISIBLE_DEVICES=0,1 STEPS=700 EXTRA="--global-batch-size 16 --lr-decay-style constant" '
-         "scripts/divergence_megatron.sh OUT llama3_150m+bf16@2e-3 llama3_150m+fog@2e-3 fog_150m+fog@2e-3 "
-         "llama3_150m+bf16@4e-3 llama3_150m+fog@4e-3 fog_150m+fog@4e-3",
+         "scripts/divergence_megatron.sh OUT llama3_150m+bf16@2e-3 llama3_150m+fog@1e-3 llama3_150m+fog@2e-3 "
+         "llama3_150m+fog@4e-3 fog_150m+fog@2e-3 fog_150m+fog@4e-3",
          [Table("kurtosis.png", "divergence_kurtosis.png"), Table("loss.png", "divergence_loss.png")], gpus=2),
     loss("loss-llama3", 6, f"{BLOCKS} MODEL=llama3_150m", "bf16", "loss_llama3_150m"),
 ]  # fmt: skip
