@@ -33,6 +33,7 @@ Change = Callable[[Rows], Rows]
 RESULTS = ROOT / "docs" / "benchmarks"
 FUSED_LOSS = "--cross-entropy-loss-fusion"
 FUSED_ROUTER = "--moe-router-fusion"
+WATCHED = "--fp8-metrics-log /dev/null --fp8-metrics-interval"
 WORDS = "VOCAB=32000 TEXT_MB=450"
 """Of a loss run: a vocabulary of real size, for the head."""
 BLOCKS = 'STEPS=765 EXTRA="--micro-batch-size 32"'
@@ -139,8 +140,8 @@ PARTS = [
           "llama3_8l_8b+bf16 fog_8l_8b+fog llama3_8l_8b+delayed fog_8l_8b+moss:attention=fp8 "
           "fog_max_8l_8b+fog llama3_8l_8b+tensorwise fog_8l_8b+fog llama3_8l_8b+bf16 llama3_8l_8b+delayed", "megatron_fog_8b.csv"),
     # Iterations 14 to 43: three whole intervals of 10, after the first observed one has compiled its kernels.
-    speed("metrics-cost", 5, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', 'moss "moss --fp8-metrics-interval 10" "moss --fp8-metrics-interval 1" moss '
-          '"moss --fp8-metrics-interval 10"', "megatron_metrics_cost.csv"),
+    speed("metrics-cost", 5, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', f'moss "moss {WATCHED} 10" "moss {WATCHED} 1" moss "moss {WATCHED} 10"',
+          "megatron_metrics_cost.csv"),
     script("moe-layer", 4, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
     script("moe-ablation", 3, "scripts/bench_moe.py --ablation --csv OUT", "moe_ablation.csv"),
     script("experts", 2, "scripts/bench_experts.py --csv OUT", "experts_bench.csv"),
