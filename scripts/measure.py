@@ -132,8 +132,8 @@ PARTS = [
     speed("dense", 7, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=bf16 tensorwise blockwise delayed moss moss:head=bf16 bf16",
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
-    speed("moe", 7, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
-          f'"bf16@32 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" blockwise tensorwise "fp8_flow_moe:head=bf16 {FUSED_ROUTER}" '
+    speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
+          f'"bf16@32 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" blockwise tensorwise '
           f'"fp8_flow_moe {FUSED_ROUTER}" "bf16@32 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
     # 22 of an 8B's 32 layers: as many as fit beside Adam's states in every one of these, with room for the allocator. The logs say which attention ran.
     speed("fog-speed", 8, f'STEPS=8 NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 EXTRA="--num-layers 22 {FUSED_LOSS}"',
@@ -142,13 +142,13 @@ PARTS = [
     # Iterations 14 to 43: three whole intervals of 10, after the first observed one has compiled its kernels.
     speed("metrics-cost", 5, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', f'moss "moss {WATCHED} 10" "moss {WATCHED} 1" moss "moss {WATCHED} 10"',
           "megatron_metrics_cost.csv"),
-    script("moe-layer", 4, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
-    script("moe-ablation", 3, "scripts/bench_moe.py --ablation --csv OUT", "moe_ablation.csv"),
+    script("moe-layer", 3, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
+    script("moe-ablation", 2, 'scripts/bench_moe.py --ablation --shapes V2-Lite "V3, 8 local experts" --csv OUT', "moe_ablation.csv"),
     script("experts", 2, "scripts/bench_experts.py --csv OUT", "experts_bench.csv"),
-    script("permute", 2, "scripts/bench_permute.py --csv OUT", "permute_bench.csv"),
+    script("permute", 1, "scripts/bench_permute.py --csv OUT", "permute_bench.csv"),
     script("grouped", 3, "scripts/bench_grouped.py --check --bench --transpose --csv OUT", "grouped_bench.csv", "grouped_transpose.csv",
            Table("grouped_bench.csv", "grouped.csv", grouped_side_by_side)),
-    script("dispatch", 2, "-m torch.distributed.run --nproc-per-node 2 scripts/bench_dispatch.py --csv OUT", "dispatch_bench.csv", gpus=2),
+    script("dispatch", 1, "-m torch.distributed.run --nproc-per-node 2 scripts/bench_dispatch.py --csv OUT", "dispatch_bench.csv", gpus=2),
     script("te", 2, "scripts/bench_te.py --rounds 9 --csv OUT/te_modules.csv", "te_modules.csv"),
     script("kernels", 3, "scripts/bench_kernels.py --check --bench --csv OUT", Table("kernels_bench.csv", "kernels.csv", at_defaults)),
     script("gemm", 2, "scripts/bench_gemm.py --error --bench --csv OUT", "gemm_error.csv", "gemm_bench.csv", Table("gemm_bench.csv", "gemm.csv", side_by_side)),
