@@ -48,13 +48,15 @@ SWEEP: dict[str, GroupedConfig] = {
     "128x128 s5": SMALL,
     "128x128 s3 w4 x2": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2),
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
-    "128x256 s3 add (wgrad)": replace(WIDE, store="add"),
+    "128x256 s3 add (wgrad)": replace(WIDE, store="add", subtiles=4),
     "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
     "128x256 s4 sub4 (wgrad)": replace(WIDE, stages=4, subtiles=4),
     "128x256 s2 sub1 reduce (wgrad)": replace(WIDE, stages=2, subtiles=1, store="reduce"),  # the tile leaves at once, while the next one is computed
     "128x256 s4 k64 sub1 reduce (wgrad)": replace(WIDE, stages=4, subtiles=1, block_k=64, store="reduce"),
     "128x256 s6 k64 sub1": replace(WIDE, stages=6, subtiles=1, block_k=64),
 }
+SHARED = 226 * 1024
+"""Bytes of shared memory that a program can have on Hopper, less 1 KiB for barriers."""
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]
 
@@ -233,7 +235,8 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         return grouped_wgrad(a, b, g.offsets, out=grad if accumulate else fresh, accumulate=accumulate, promote=promote, config=config)
 
     if configs is not None:
-        found = {f"{name}, +fp32": lambda i, c=c: ours(i, 0, c) for name, c in configs.items()}
+        adding = {name: c for name, c in configs.items() if c.shared_bytes(4, c.store == "add") <= SHARED}
+        found = {f"{name}, +fp32": lambda i, c=c: ours(i, 2048, c) for name, c in adding.items()}  # as training promotes
         return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]

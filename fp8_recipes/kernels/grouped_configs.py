@@ -17,6 +17,9 @@ class GroupedConfig(GemmConfig):
     resident: int = 1
     block_k: int = BLOCK_K
 
+    def shared_bytes(self, out_bytes: int, adds: bool = False) -> int:
+        return super().shared_bytes(out_bytes, adds) - self.stages * (BLOCK_K - self.block_k) * (self.block_m + self.block_n)
+
 
 WIDE = GroupedConfig(128, 256, stages=3, subtiles=2, store="atomic")
 SMALL = GroupedConfig(128, 128, stages=5, subtiles=2, store="atomic")

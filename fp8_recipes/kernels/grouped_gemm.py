@@ -195,7 +195,8 @@ def _grouped_wgrad_kernel(
             write = write | ((k + 1) % PROMOTE == 0)
         if write:
             if IN_OUT:
-                _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order
+                if STORE == "reduce" and k >= PROMOTE:
+                    _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order, as a thread's own do by themselves
             elif PROMOTE > 1:
                 acc += total
             feature = m0 + tl.arange(0, BLOCK_M)
