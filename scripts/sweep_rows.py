@@ -3,8 +3,8 @@
     python3 scripts/sweep_rows.py [--only rmsnorm loss ...] [--csv DIR]
 
 Every setting's bytes are compared with the default's before it is timed (the gradient of prob is a sum whose order follows the warps: its largest relative
-difference is printed instead; RMSNorm is compared on integers, whose sums are exact in any order). "before" is the kernel that the default replaced
-(row_contenders.py). Times as in bench_kernels.py. Which of these are the default is for whoever reads the table to decide.
+difference is printed instead; RMSNorm is compared on integers, whose sums are exact in any order). Times as in bench_kernels.py. Which of these are the
+default is for whoever reads the table to decide.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,11 +24,9 @@ import torch
 from bench_kernels import attribute, data
 from benchmark import write
 from kernel_timing import copy_calls, measure
-from row_contenders import cross_entropy_before, quantize_in_pieces, rmsnorm_before
 
 from fp8_recipes import kernels
-from fp8_recipes.formats import E4M3, E5M2
-from fp8_recipes.kernels.rows import plan_row, row_result
+from fp8_recipes.formats import E5M2
 from fp8_recipes.tensor import TILE, ScaledTensor
 
 DENSE = (8192, 11008)
@@ -41,8 +39,6 @@ RMSNORM = {
     14336: ((4, 16, None), (4, 16, 72), (8, 16, 48), (8, 32, None)),
 }
 """Columns -> (warps, tiles per piece, registers per thread) that are tried: 16 values of a piece per thread, or 8; more warps or more registers."""
-QUANTIZE = {4096: ((1, 4), (2, 8)), 11008: ((2, 8), (4, 16))}
-"""Columns -> (warps, tiles per piece) of the form in equal pieces."""
 LOSS = ((1, 4, 2, None), (1, 4, 4, 64), (1, 4, 8, None), (2, 8, 2, None), (2, 8, 4, None), (4, 16, 2, None))
 """(warps, tiles per piece, pieces, registers per thread)."""
 Patches = tuple[tuple[str, str, object], ...]
@@ -73,20 +69,6 @@ def equal_pieces(cols: int, block: int, warps: int, registers: int | None = None
     return limited(registers, BLOCK=block, PIECES=-(-cols // (block * TILE)), WHOLE=cols % (block * TILE) == 0, num_warps=warps)
 
 
-def quantize_cases() -> Iterator[Case]:
-    for rows, cols in ((8192, 4096), (8192, 11008)):
-        calls = [partial(kernels.quantize, data(rows, cols, i), "micro", fold="row") for i in range(3)]
-        settings: dict[str, Patches] = {}
-        r = row_result(cols, "micro", "row", E4M3)
-        form = {name: r.constants[name] for name in ("LOCAL", "FOLD", "E5M2")}
-        for warps, block in QUANTIZE[cols]:
-            options = equal_pieces(cols, block, warps)
-            chosen = replace(r, constants=form | options)
-            kernel = ("quantize", "_quantize_rows_kernel", quantize_in_pieces)
-            settings[f"{options['PIECES']} of {block} tiles, {named(warps, None)}"] = (kernel, ("quantize", "row_result", lambda *_, c=chosen: c))
-        yield Case(f"quantize {rows}x{cols}", 3.0 * rows * cols, calls, settings, calls[0])
-
-
 def rmsnorm_cases() -> Iterator[Case]:
     for rows, cols in ((8192, 4096), (8192, 11008), (8192, 14336), (32768, 4096)):
         gamma = torch.randn(cols, device="cuda").div(4).add(1).bfloat16()
@@ -96,10 +78,6 @@ def rmsnorm_cases() -> Iterator[Case]:
             options = equal_pieces(cols, block, warps, registers)
             name = f"{options['PIECES']} of {block} tiles, {named(warps, registers)}"
             settings[name] = (("rmsnorm", "row_options", lambda cols, granularity, o=options: o),)
-        plan = plan_row(cols)
-        options = {"BLOCK": plan.block, "TAIL": plan.tail, "num_warps": plan.warps}
-        before = ("rmsnorm", "row_options", lambda cols, granularity, o=options: o)
-        settings["before"] = (("rmsnorm", "_rmsnorm_quantize_kernel", rmsnorm_before), before)
         whole = torch.randint(-8, 9, (rows, cols), device="cuda").bfloat16() * torch.exp2(torch.randint(-9, 9, (rows, 1), device="cuda")).bfloat16()
         compared = partial(kernels.rmsnorm_quantize, whole, gamma, 1e-5, "micro", fold="row")
         yield Case(f"rmsnorm {rows}x{cols}", 3.0 * rows * cols, calls, settings, compared)
@@ -117,8 +95,6 @@ def loss_cases() -> Iterator[Case]:
     for warps, tiles, pieces, registers in LOSS:
         options = limited(registers, TILES=tiles, PIECES=pieces, num_warps=warps)
         settings[f"{pieces} of {tiles} tiles, {named(warps, registers)}"] = (("cross_entropy", "GRADIENT_OPTIONS", options),)
-    kernel = ("cross_entropy", "_cross_entropy_backward_quantize_kernel", cross_entropy_before)
-    settings["before"] = (kernel, ("cross_entropy", "GRADIENT_OPTIONS", {"TILES": 16, "num_warps": 2}))
     yield Case(f"loss gradient {rows}x{cols}", 3.0 * rows * cols, calls, settings, calls[0])
 
 
@@ -131,7 +107,7 @@ def dense_cases() -> Iterator[Case]:
     rows, cols = DENSE
     pairs = [(data(rows, cols, i), data(rows, 2 * cols, 10 + i)) for i in range(2)]
     calls: list[Callable[[], Any]] = [partial(kernels.swiglu_backward_quantize, dy, h, "micro", fold="row") for dy, h in pairs]
-    settings = {named(w, r): gradient(w, r, 64, 32) for w, r in ((8, 80), (8, None), (16, 64))}
+    settings = {named(w, r): gradient(w, r, 64, 32) for w, r in ((4, None), (8, None), (16, 64))}
     yield Case("gradient, dense", 8.0 * rows * cols, calls, settings, calls[0])
 
 
@@ -156,11 +132,11 @@ def routing_cases() -> Iterator[Case]:
     index = [torch.rand(TOKENS, NUM_EXPERTS, device="cuda").topk(TOP_K, dim=1).indices.int() for _ in range(2)]
     calls: list[Callable[[], Any]] = [partial(kernels.route_map, i, NUM_EXPERTS) for i in index]
     settings: dict[str, Patches] = {f"place {w} warps": (("permute", "PLACE_WARPS", w),) for w in (2, 8)}
-    settings |= {f"scan {b} x {e}": (("permute", "SCAN_BLOCKS", b), ("permute", "SCAN_EXPERTS", e)) for b, e in ((512, 4), (1024, 2))}
+    settings |= {f"scan {b} x {e}": (("permute", "SCAN_BLOCKS", b), ("permute", "SCAN_EXPERTS", e)) for b, e in ((128, 16), (512, 4))}
     yield Case("route_map", 4.0 * TOKENS * TOP_K, calls, settings, calls[0])
 
 
-CASES = {"rmsnorm": rmsnorm_cases, "quantize": quantize_cases, "loss": loss_cases, "swiglu": dense_cases, "experts": expert_cases, "routing": routing_cases}
+CASES = {"rmsnorm": rmsnorm_cases, "loss": loss_cases, "swiglu": dense_cases, "experts": expert_cases, "routing": routing_cases}
 
 
 def under(patches: Patches, call: Callable[[], Any]) -> Any:

@@ -26,6 +26,17 @@ def base_flags():
     return BASE
 
 
+@pytest.fixture(scope="module")
+def groups():
+    """torch.distributed over gloo, Megatron's process groups of one rank, our shims."""
+    needs_upstream()
+    import moe_layers
+
+    moe_layers.initialise()
+    yield
+    moe_layers.finish()
+
+
 @pytest.fixture
 def parse(monkeypatch):
     """parse("--fp8-recipe moss") -> arguments from Megatron's real parser, shims installed, not validated."""

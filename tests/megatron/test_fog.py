@@ -24,13 +24,6 @@ FP32 = {True: 1e-4, False: 2e-3}
 layer that nearly cancel, and differ by 4e-4."""
 
 
-@pytest.fixture(scope="module")
-def groups():
-    models.initialise()
-    yield
-    models.finish()
-
-
 def assert_same(actual, expected, key):
     assert actual.shape == expected.shape, key
     assert ((actual - expected).norm() / expected.norm()).item() < FP32[expected.numel() > 1], key

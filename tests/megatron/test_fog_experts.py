@@ -21,16 +21,11 @@ from fp8_recipes import RecipeError, ops  # noqa: E402
 from fp8_recipes.architecture import from_name  # noqa: E402
 from fp8_recipes.megatron import arguments, fog, moe  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 EXPERTS, EXPERT_FFN = 8, 96
 SNR = 19.0
 """dB that a gradient keeps through two layers, each of five E4M3 operands in a row (24.5 dB, docs/numerics.md) behind post-norms that raise small branches."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups():
-    layers.initialise()
-    yield
-    layers.finish()
 
 
 def build(architecture, recipe: str | None):

@@ -26,13 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 S, B, H, V = 16, 3, 64, 96
 
 
-@pytest.fixture(scope="module")
-def groups():
-    models.initialise()
-    yield
-    models.finish()
-
-
 @pytest.fixture
 def layer(groups):
     """layer("moss") -> the output layer of a GPTModel of `V` tokens and `H` features."""

@@ -8,18 +8,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
-import fog_models as models  # noqa: E402
 import head_worker  # noqa: E402
 from assertions import assert_snr  # noqa: E402
 
 S, B, H, V = 16, 3, 64, 96
-
-
-@pytest.fixture(scope="module")
-def groups():
-    models.initialise()
-    yield
-    models.finish()
 
 
 class TestLoss:

@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
-import fog_models as models  # noqa: E402
 import head_worker  # noqa: E402
 from meta_model import reports  # noqa: E402
 
@@ -20,13 +19,6 @@ from fp8_recipes.megatron import arguments  # noqa: E402
 from fp8_recipes.recipe import RecipeError, from_name  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def groups():
-    models.initialise()
-    yield
-    models.finish()
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,10 @@ from fp8_recipes.megatron import moe, weight_scaling_hook  # noqa: E402
 from fp8_recipes.megatron.weight_scaling_hook import attach  # noqa: E402
 from fp8_recipes.weight_scaling import ATTRIBUTE  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("groups")
+
 SNR = 20.0
 """dB that one FP8 layer keeps against bf16: five E4M3 operands between x and y or dx, 31.5 dB each (docs/numerics.md), leave 24.5."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups():
-    layers.initialise()
-    yield
-    layers.finish()
 
 
 @pytest.fixture

@@ -18,14 +18,8 @@ pytest.importorskip("psutil", reason="psutil is not installed; Megatron's torch_
 import moe_layers as layers  # noqa: E402
 from assertions import snr_db  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("groups")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups():
-    layers.initialise()
-    yield
-    layers.finish()
 
 
 def tokens():
