@@ -129,7 +129,7 @@ def loss(name: str, minutes: int, environment: str, recipes: str, target: str) -
 
 
 PARTS = [
-    speed("dense", 7, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss moss:head=bf16 tensorwise blockwise delayed moss moss:head=bf16 bf16",
+    speed("dense", 6, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss tensorwise blockwise moss:head=bf16 delayed moss",
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
     speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
@@ -140,7 +140,7 @@ PARTS = [
           "llama3_8l_8b+bf16 fog_8l_8b+fog llama3_8l_8b+delayed fog_8l_8b+moss:attention=fp8 "
           "fog_max_8l_8b+fog llama3_8l_8b+tensorwise fog_8l_8b+fog llama3_8l_8b+bf16 llama3_8l_8b+delayed", "megatron_fog_8b.csv"),
     # Iterations 14 to 43: three whole intervals of 10, after the first observed one has compiled its kernels.
-    speed("metrics-cost", 5, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', f'moss "moss {WATCHED} 10" "moss {WATCHED} 1" moss "moss {WATCHED} 10"',
+    speed("metrics-cost", 4, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', f'moss "moss {WATCHED} 10" moss "moss {WATCHED} 10"',
           "megatron_metrics_cost.csv"),
     script("moe-layer", 3, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
     script("moe-ablation", 2, 'scripts/bench_moe.py --ablation --shapes V2-Lite "V3, 8 local experts" --csv OUT', "moe_ablation.csv"),
@@ -155,7 +155,7 @@ PARTS = [
     script("fog-parts", 3, "scripts/bench_fog.py --csv OUT", "fog_bench.csv"),
     script("metrics", 2, "scripts/bench_metrics.py --csv OUT", "metrics_bench.csv"),
     loss("loss-dense", 12, f'START=300 {WORDS} EXTRA="--micro-batch-size 32 {FUSED_LOSS}"', "bf16 moss tensorwise", "loss_gpt_104m_words"),
-    loss("loss-moe", 12, f'START=300 {WORDS} MODEL=moe_300m CUDA_DEVICE_MAX_CONNECTIONS=32 EXTRA="--micro-batch-size 32 {FUSED_LOSS} {FUSED_ROUTER}"',
+    loss("loss-moe", 12, f'STEPS=765 START=300 {WORDS} MODEL=moe_300m CUDA_DEVICE_MAX_CONNECTIONS=32 EXTRA="--micro-batch-size 32 {FUSED_LOSS} {FUSED_ROUTER}"',
          "bf16 fp8_flow_moe", "loss_moe_300m_words"),
     # Bytes: the head of these stays in bf16, so that nothing but blocks is judged, and nearly all of the time is theirs. 765 steps are 100.3 M tokens.
     loss("loss-fog-flash", 9, f"{BLOCKS} START=300 MODEL=fog_150m", "bf16 fog", "loss_fog_150m_common_start"),
