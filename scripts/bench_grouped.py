@@ -39,21 +39,18 @@ SHAPES = {
 }
 """Experts, rows, K (input features), N (output features)."""
 SWEEP: dict[str, GroupedConfig] = {
-    "128x256 s3 sub2": WIDE,
+    "128x256 s3 sub1": WIDE,
+    "128x256 s3 sub2": replace(WIDE, subtiles=2),
     "128x256 s3 sub4": replace(WIDE, subtiles=4),
-    "128x256 s3 sub1": replace(WIDE, subtiles=1),
-    "128x256 s4 sub8": replace(WIDE, stages=4, subtiles=8),
+    "128x256 s4 sub2": replace(WIDE, stages=4, subtiles=2),
     "128x256 s3 g4": replace(WIDE, group=4),
     "128x256 s3 g16": replace(WIDE, group=16),
     "128x128 s5": SMALL,
     "128x128 s3 w4 x2": replace(SMALL, stages=3, subtiles=8, warps=4, resident=2),
     "256x128 s3 (wgrad)": replace(WIDE, block_m=256, block_n=128, subtiles=4),
-    "128x256 s3 add (wgrad)": replace(WIDE, store="add", subtiles=4),
-    "128x256 s3 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
+    "128x256 s3 sub4 add (wgrad)": replace(WIDE, store="add", subtiles=4),
+    "128x256 s3 sub4 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
     "128x256 s4 sub4 (wgrad)": replace(WIDE, stages=4, subtiles=4),
-    "128x256 s2 sub1 reduce (wgrad)": replace(WIDE, stages=2, subtiles=1, store="reduce"),  # the tile leaves at once, while the next one is computed
-    "128x256 s4 k64 sub1 reduce (wgrad)": replace(WIDE, stages=4, subtiles=1, block_k=64, store="reduce"),
-    "128x256 s6 k64 sub1": replace(WIDE, stages=6, subtiles=1, block_k=64),
 }
 SHARED = 226 * 1024
 """Bytes of shared memory that a program can have on Hopper, less 1 KiB for barriers."""

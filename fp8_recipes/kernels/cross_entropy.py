@@ -23,8 +23,8 @@ from .words import pack_row
 
 PIECE = 16
 """Tiles of 128 columns that a program of `softmax_parts` holds at once."""
-GRADIENT_OPTIONS = {"TILES": 4, "PIECES": 4, "num_warps": 1}
-"""The gradient loads PIECES pieces of TILES tiles at once and computes one after the other. One warp, so that nothing waits at a barrier."""
+GRADIENT_OPTIONS = {"TILES": 16, "PIECES": 2, "num_warps": 4}
+"""The gradient loads PIECES pieces of TILES tiles at once and computes one after the other: 16 values of each in a thread (scripts/sweep_rows.py)."""
 _EXP = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }")
 SLACK = tl.constexpr(2.0**-16)
 """Of probabilities in fp32: lse is off by up to its own last place, so an entry may exceed the bound by as much."""

@@ -6,22 +6,17 @@ import functools
 from dataclasses import dataclass, replace
 
 from .common import cdiv
-from .gemm_configs import BLOCK_K, GemmConfig
+from .gemm_configs import GemmConfig
 
 
 @dataclass(frozen=True)
 class GroupedConfig(GemmConfig):
-    """`GemmConfig` with two more. resident: programs per multiprocessor; with two, one computes while the other writes its tile. block_k: elements of the
-    contraction per stage, a divisor of 128."""
+    """`GemmConfig` with one more. resident: programs per multiprocessor; with two, one computes while the other writes its tile."""
 
     resident: int = 1
-    block_k: int = BLOCK_K
-
-    def shared_bytes(self, out_bytes: int, adds: bool = False) -> int:
-        return super().shared_bytes(out_bytes, adds) - self.stages * (BLOCK_K - self.block_k) * (self.block_m + self.block_n)
 
 
-WIDE = GroupedConfig(128, 256, stages=3, subtiles=2, store="atomic")
+WIDE = GroupedConfig(128, 256, stages=3, subtiles=1, store="atomic")
 SMALL = GroupedConfig(128, 128, stages=5, subtiles=2, store="atomic")
 _RATE = {WIDE: 1.0, SMALL: 0.9}
 """Speed of each tile while the device is full, relative to the best; scripts/bench_grouped.py --sweep measures it."""
@@ -38,10 +33,16 @@ def select_config(m: int, n: int, programs: int) -> GroupedConfig:
     return min(_RATE, key=time)
 
 
+def storing(config: GroupedConfig, out_bytes: int) -> GroupedConfig:
+    """For results of ``out_bytes`` per element that are written: in one slice, 1 to 2 % less time than in two, where the tile fits into shared memory."""
+    return replace(config, subtiles=2) if config is WIDE and out_bytes > 2 else config
+
+
 def adding(config: GroupedConfig) -> GroupedConfig:
     """For wgrad into fp32 main_grads, which takes longer than the products do. Additions from registers, not by TMA, whose slices would wait for one another in
     shared memory; that leaves room for one more stage, if the slices are small. 4 to 14 % less time than TMA's in all six shapes of scripts/bench_grouped.py.
-    Asking L2 for the tile ahead, which sounds helpful, made it 7 to 14 % slower.
+    Slower still: asking L2 for the tile ahead (7 to 14 %), and a tile that leaves by TMA as a whole while the next one is computed (23 %, the pipeline then has
+    two stages, or 11 % with four of half the depth).
     """
     return replace(config, stages=4, subtiles=4) if config is WIDE else config
 

@@ -29,7 +29,7 @@ from .common import INTERPRETED, cdiv, check_device, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, GroupedConfig, adding, promoting, select_config
+from .grouped_configs import SMALL, GroupedConfig, adding, promoting, select_config, storing
 from .launch import launch, matrix_descriptor
 
 
@@ -121,6 +121,15 @@ def _wait_for_stores():
 
 
 @triton.jit
+def _fetch(ptr, count, COUNT: tl.constexpr):
+    """The first ``count`` of COUNT fp32 values at ``ptr`` on their way into L1, a line of 32 at a time, without waiting for them."""
+    if not INTERPRETED:
+        first = tl.arange(0, COUNT // 32) * 32
+        lines = ptr + tl.where(first < count, first, 0)
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _tiles_below(bound, PROGRAMS: tl.constexpr):
     """How many of this program's tiles have a number below ``bound``."""
     return (bound - tl.program_id(0) + PROGRAMS - 1) // PROGRAMS
@@ -144,7 +153,7 @@ def _grouped_wgrad_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides 128
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SUBTILES: tl.constexpr,
     PROMOTE: tl.constexpr,
@@ -187,6 +196,8 @@ def _grouped_wgrad_kernel(
             last = tl.maximum((stop - start) // BLOCK_K, 1) - 1
             # Nothing to add: the product of zeros leaves the accumulator at zero for the next tile. (A branch around the epilogue would stall the products.)
             finish = tl.where(empty, -1, last) if ACCUMULATE else last
+            _fetch(scale_a_ptr + expert * N + m0, N - m0, BLOCK_M)
+            _fetch(scale_b_ptr + expert * K + n0, K - n0, BLOCK_N)
         a = a_desc.load([m0, row + k * BLOCK_K])
         b = b_desc.load([n0, row + k * BLOCK_K])
         acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
@@ -275,7 +286,7 @@ def grouped_gemm(
     promote = promote if promote < k else 0
     if config is None:
         config = select_config(rows, n, programs)
-        config = promoting(config) if promote > BLOCK_K else config
+        config = promoting(config) if promote > BLOCK_K else storing(config, out.element_size())
     if TILE % config.block_m:
         raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
     by_tma = _takes_tma(out, n)
@@ -283,8 +294,8 @@ def grouped_gemm(
     launch(
         _grouped_gemm_kernel,
         (programs,),
-        matrix_descriptor(a.payload, rows, k, (config.block_m, config.block_k)),
-        matrix_descriptor(b.payload, experts * n, k, (config.block_n, config.block_k)),
+        matrix_descriptor(a.payload, rows, k, (config.block_m, BLOCK_K)),
+        matrix_descriptor(b.payload, experts * n, k, (config.block_n, BLOCK_K)),
         matrix_descriptor(out, rows, n, (config.block_m, config.block_n // config.subtiles)) if by_tma else None,
         out,
         a.scale,
@@ -296,10 +307,10 @@ def grouped_gemm(
         PROGRAMS=programs,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=BLOCK_K,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=promote // config.block_k,
+        PROMOTE=promote // BLOCK_K,
         STRIDE_B=int(b.scale.dim() == 2),
         STORE="tma" if by_tma else "pointer",
         num_warps=config.warps,
@@ -350,7 +361,7 @@ def grouped_wgrad(
     in_out = accumulate and first.dtype == torch.float32 and promote > BLOCK_K
     if config is None:  # a total in registers beside the accumulator fits the small tile only
         config = SMALL if promote > BLOCK_K and not in_out else select_config(experts * n, k, programs)
-        config = adding(config) if accumulate and first.dtype == torch.float32 else config
+        config = adding(config) if accumulate and first.dtype == torch.float32 else storing(config, first.element_size())
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"
@@ -360,8 +371,8 @@ def grouped_wgrad(
     launch(
         _grouped_wgrad_kernel,
         (programs,),
-        matrix_descriptor(a_t.payload, n, rows, (config.block_m, config.block_k)),
-        matrix_descriptor(b_t.payload, k, rows, (config.block_n, config.block_k)),
+        matrix_descriptor(a_t.payload, n, rows, (config.block_m, BLOCK_K)),
+        matrix_descriptor(b_t.payload, k, rows, (config.block_n, BLOCK_K)),
         matrix_descriptor(first, experts * n, k, (config.block_m, config.block_n // config.subtiles)) if store in ("tma", "reduce") else None,
         first,
         table,
@@ -376,10 +387,10 @@ def grouped_wgrad(
         PROGRAMS=programs,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=BLOCK_K,
         GROUP=config.group,
         SUBTILES=config.subtiles,
-        PROMOTE=promote // config.block_k,
+        PROMOTE=promote // BLOCK_K,
         IN_OUT=in_out,
         STORE=store,
         ACCUMULATE=accumulate,

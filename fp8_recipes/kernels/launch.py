@@ -16,6 +16,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import IS_INTERPRETED
+from .first_product import compiling
 
 _compiled: dict[tuple[Any, ...], _Ready] = {}
 _INT32 = 2**31
@@ -120,7 +121,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     key = (id(kernel), device, *specialization, *constants, *constants.values())  # the kernel's own hash takes a lock and a Python call
     known = _compiled.get(key)
     if known is None:
-        compiled = kernel[grid](*args, **constants)
+        with compiling(kernel):
+            compiled = kernel[grid](*args, **constants)
         _compiled[key] = _ready(kernel, compiled, tuple(constants[p.name] for p in kernel.params[len(args) :]))
         return
     _, compiled, start, options, trailing = known

@@ -122,17 +122,18 @@ def _rmsnorm_quantize_kernel(
 
 @functools.cache
 def row_options(cols: int, granularity: str) -> dict[str, Any]:
-    """How one program covers a row of ``cols`` columns: a thread takes 16 neighbours of each piece. scripts/sweep_rows.py tries others.
+    """How one program covers a row of ``cols`` columns: a thread takes 16 neighbours of each piece. Shared, not to be changed.
 
-    Shared, not to be changed. The compiler spends registers on loading gamma early, which the other rows on the multiprocessor make needless: the limit is what
-    a row waits in (words of two values, or fp32 values for "row") and as little beside it as is enough without spills.
+    scripts/sweep_rows.py tries others. "row" waits in fp32 values, and the compiler adds gamma to them: a limit on registers lets a multiprocessor hold more
+    rows. The others wait in words of two values, and a limit made them 3 to 5 % slower.
     """
     warps = max(cols // (32 * PER_THREAD[granularity]), 1)
     warps = min(1 << (warps.bit_length() - 1), 16)
     block = min(4 * warps, next_power_of_2(tiles_of(cols)))
     pieces = cdiv(cols, block * TILE)
-    limit = 16 * pieces + 16 if granularity == "row" else 8 * pieces + 24
-    return {"BLOCK": block, "PIECES": pieces, "WHOLE": cols % (block * TILE) == 0, "num_warps": warps, **({"maxnreg": limit} if pieces > 2 else {})}
+    limit = {"maxnreg": 16 * pieces + 16} if granularity == "row" and pieces > 2 else {}
+    return {"BLOCK": block, "PIECES": pieces, "WHOLE": cols % (block * TILE) == 0, "num_warps": warps, **limit}
+
 
 
 def rmsnorm_quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ if not torch.cuda.is_available():
 
 from fp8_recipes import reference  # noqa: E402
 from fp8_recipes.formats import E4M3, E5M2, Format  # noqa: E402
-from fp8_recipes.kernels.grouped_configs import SMALL, WIDE, GroupedConfig  # noqa: E402
+from fp8_recipes.kernels.grouped_configs import SMALL, WIDE, GroupedConfig, storing  # noqa: E402
 from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad  # noqa: E402
 from fp8_recipes.reference import grouped  # noqa: E402
 from fp8_recipes.reference.grouped import GroupedTensor  # noqa: E402
@@ -90,18 +91,6 @@ def test_gemm_formats_scales_promotion_and_stores(fmt: Format, per_feature: bool
     a, b, block_expert, used = operands((1, 0, 1), n, 400, fmt, per_feature)
     got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote, config=TILE)
     assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
-
-
-@pytest.mark.parametrize("promote", [0, 128, 256])
-def test_half_as_many_elements_a_stage(promote: int) -> None:
-    config = replace(TILE, block_k=64, store="reduce", stages=4)
-    a, b, block_expert, used = operands((1, 0, 2), 48, 448)
-    got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote, config=config)
-    assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
-    a_t, b_t, offsets = transposed((3, 0, 1), 64, 96)
-    before = torch.ones(3, 64, 96, device=DEVICE)
-    got = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True, promote=promote, config=config)
-    assert torch.equal(got, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True))
 
 
 def test_default_config_writes_bf16() -> None:
@@ -279,7 +268,8 @@ def test_bad_input_names_the_value(call, error, message: str) -> None:
 
 def test_configs() -> None:
     for config in (WIDE, SMALL):
-        assert config.shared_bytes(out_bytes=4) + 1024 <= 227 * 1024 and 128 % config.block_m == 0
+        for out_bytes in (2, 4):
+            assert storing(config, out_bytes).shared_bytes(out_bytes) + 2048 <= 227 * 1024 and 128 % config.block_m == 0
     assert module.select_config(98304, 2816, 132) == WIDE  # 11 full tiles of 256
     assert module.select_config(98304, 128, 132) == SMALL
 
@@ -288,12 +278,13 @@ COMPILE = """
 import os, subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fp8_recipes.kernels.grouped_configs import WIDE, adding
+from fp8_recipes.kernels.first_product import compiling
+from fp8_recipes.kernels.grouped_configs import WIDE, adding, promoting, storing
 from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel, _grouped_wgrad_kernel
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 for kernel, dtype, constants in (
-    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma")),
-    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma")),
+    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma", ACCUMULATE=False)),
+    (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="atomic", ACCUMULATE=True, out_desc=None)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, out_desc=None)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="tma", ACCUMULATE=False)),
@@ -301,9 +292,12 @@ for kernel, dtype, constants in (
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
-    c = adding(WIDE) if constants["STORE"] == "atomic" else WIDE
+    in_registers = constants["PROMOTE"] and not constants.get("IN_OUT")
+    c = adding(WIDE) if constants["ACCUMULATE"] else promoting(WIDE) if in_registers else storing(WIDE, 4 if dtype == "fp32" else 2)
     constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, **constants)
-    if kernel is _grouped_wgrad_kernel:
+    if kernel is _grouped_gemm_kernel:
+        del constants["ACCUMULATE"]
+    else:
         constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
@@ -313,7 +307,8 @@ for kernel, dtype, constants in (
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n.endswith("_ptr") or n in ("rows", "N", "K")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
+    with compiling(kernel):
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
     path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
     open(path, "wb").write(compiled.asm["cubin"])
     print("KERNEL", kernel.__name__, constants["PROMOTE"], "IN_OUT" if constants.get("IN_OUT") else "", compiled.metadata.shared)
@@ -340,6 +335,8 @@ def test_machine_code_streams_products() -> None:
         assert len([line for line in loop if "LDL" in line or "STL" in line]) <= 3, f"{name}: spills beside the products"
         if "IN_OUT" in name or name.split()[1] == "0":
             assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills, although nothing but the accumulator is held"
+            overwrites = [bool(re.search(r"R\d+, U?P\d", lines[i])) for i in products]
+            assert overwrites == [True, False, False, False], f"{name}: zeros are added to at the start of a tile"
 
 
 @pytest.mark.gpu

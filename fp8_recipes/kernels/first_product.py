@@ -1,0 +1,60 @@
+"""Work-around for Triton on Hopper: the first product of a tile overwrites the accumulator instead of adding to zeros.
+
+The persistent products keep one accumulator across tiles and set it to zero after each epilogue. The matrix unit can do without: an operand of its instruction
+says whether to add. Triton has a pass that finds such zeros and sets that operand (OptimizeAccumulatorInit), but up to 3.6 runs it for Blackwell only. Without
+it a tile of 128 x 256 takes 250 instructions more per thread, half of an epilogue in which no product runs.
+
+`compiling` adds the pass behind Triton's own for Hopper, through Triton's hook for compiler stages, while one of these kernels is compiled and only then. Ends
+when Triton runs the pass on Hopper itself. A Triton without the hook or the pass compiles the kernels as they are: the same results, a little later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from triton import knobs
+from triton._C.libtriton import ir, passes
+
+_lock = threading.Lock()
+_KNOWN = hasattr(knobs.runtime, "add_stages_inspection_hook") and hasattr(passes.ttgpuir, "add_optimize_accumulator_init")
+KERNELS = ("_gemm_kernel", "_grouped_gemm_kernel", "_grouped_wgrad_kernel")
+HOPPER = 90
+
+
+def _optimized(stage: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """``stage``, which makes Triton's GPU dialect, followed by the pass."""
+
+    def run(source: Any, metadata: Any) -> Any:
+        module = stage(source, metadata)
+        manager = ir.pass_manager(module.context)
+        passes.ttgpuir.add_optimize_accumulator_init(manager)
+        passes.common.add_canonicalizer(manager)
+        manager.run(module, "first_product")
+        return module
+
+    return run
+
+
+def _add_pass(backend: Any, stages: dict[str, Any], options: Any, language: Any, capability: Any) -> None:
+    if capability == HOPPER and "ttgir" in stages:
+        stages["ttgir"] = _optimized(stages["ttgir"])
+
+
+@contextmanager
+def compiling(kernel: Any) -> Iterator[None]:
+    """While this lasts, Triton compiles ``kernel`` with the pass if it is one of `KERNELS`. A hook that somebody else has set stays, and the pass is left out.
+
+    (Whatever another thread compiles for Hopper at the same moment gets the pass too. It changes no result.)
+    """
+    if not _KNOWN or kernel.__name__ not in KERNELS or knobs.runtime.add_stages_inspection_hook is not None:
+        yield
+        return
+    with _lock:
+        knobs.runtime.add_stages_inspection_hook = _add_pass
+        try:
+            yield
+        finally:
+            knobs.runtime.add_stages_inspection_hook = None
