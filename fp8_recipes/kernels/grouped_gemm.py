@@ -43,6 +43,15 @@ def _used_blocks(block_expert_ptr, blocks, CHUNK: tl.constexpr):
     return used
 
 
+@triton.jit
+def _fetch(ptr, count, COUNT: tl.constexpr):
+    """The first ``count`` of COUNT fp32 values at ``ptr`` on their way into L1, a line of 32 at a time, without waiting for them."""
+    if not INTERPRETED:
+        first = tl.arange(0, COUNT // 32) * 32
+        lines = ptr + tl.where(first < count, first, 0)
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit(do_not_specialize=["K"])
 def _grouped_gemm_kernel(
     a_desc,  # [rows, K] FP8
@@ -65,7 +74,7 @@ def _grouped_gemm_kernel(
     STRIDE_B: tl.constexpr,  # 1: one scale per output feature; 0: one per expert
     STORE: tl.constexpr,
 ):
-    EARLY: tl.constexpr = PROMOTE <= 1  # a second accumulator leaves no registers for the scales
+    EARLY: tl.constexpr = PROMOTE <= 1 and STRIDE_B == 0  # a second accumulator, or a scale for every column, leaves no registers for the others to wait in
     tiles_m = _used_blocks(block_expert_ptr, rows // 128, 1024) * (128 // BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -86,10 +95,12 @@ def _grouped_gemm_kernel(
             m0, n0 = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP)
             e = tl.load(block_expert_ptr + m0 // 128)
             row_b = e * N + n0
-            if EARLY:  # asked for while the tile is computed: its epilogue, in which no product runs, does not wait for them
-                scale_a = tl.load(scale_a_ptr + m0 + tl.arange(0, BLOCK_M))
-                if STRIDE_B == 0:
-                    scale_a *= tl.load(scale_b_ptr + e)
+            # Asked for while the tile is computed: its epilogue, in which no product runs, does not wait for them.
+            if EARLY:
+                scale_a = tl.load(scale_a_ptr + m0 + tl.arange(0, BLOCK_M)) * tl.load(scale_b_ptr + e)
+            else:
+                _fetch(scale_a_ptr + m0, BLOCK_M, BLOCK_M)
+                _fetch(scale_b_ptr + (row_b if STRIDE_B else e), N - n0, BLOCK_N if STRIDE_B else 32)
         a = a_desc.load([m0, k * BLOCK_K])
         # Where BLOCK_N does not divide N this reads some rows of the next expert; their columns of the result lie beyond N and are not written.
         b = b_desc.load([row_b, k * BLOCK_K])
@@ -118,15 +129,6 @@ def _wait_for_stores():
     """Until what this thread handed to TMA has been written (Triton itself waits only until the buffer has been read)."""
     if not INTERPRETED:
         tl.inline_asm_elementwise("cp.async.bulk.wait_group 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _fetch(ptr, count, COUNT: tl.constexpr):
-    """The first ``count`` of COUNT fp32 values at ``ptr`` on their way into L1, a line of 32 at a time, without waiting for them."""
-    if not INTERPRETED:
-        first = tl.arange(0, COUNT // 32) * 32
-        lines = ptr + tl.where(first < count, first, 0)
-        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
