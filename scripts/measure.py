@@ -129,7 +129,7 @@ def loss(name: str, minutes: int, environment: str, recipes: str, target: str) -
 
 
 PARTS = [
-    speed("dense", 6, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss tensorwise blockwise moss:head=bf16 delayed moss",
+    speed("dense", 5, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss tensorwise blockwise delayed moss",
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
     speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
@@ -155,7 +155,7 @@ PARTS = [
     script("fog-parts", 3, "scripts/bench_fog.py --csv OUT", "fog_bench.csv"),
     script("metrics", 2, "scripts/bench_metrics.py --csv OUT", "metrics_bench.csv"),
     loss("loss-dense", 12, f'START=300 {WORDS} EXTRA="--micro-batch-size 32 {FUSED_LOSS}"', "bf16 moss tensorwise", "loss_gpt_104m_words"),
-    loss("loss-moe", 12, f'STEPS=765 START=300 {WORDS} MODEL=moe_300m CUDA_DEVICE_MAX_CONNECTIONS=32 EXTRA="--micro-batch-size 32 {FUSED_LOSS} {FUSED_ROUTER}"',
+    loss("loss-moe", 12, f'STEPS=765 START=300 {WORDS} MODEL=moe_300m CUDA_DEVICE_MAX_CONNECTIONS=32 EXTRA="--micro-batch-size 64 {FUSED_LOSS} {FUSED_ROUTER}"',
          "bf16 fp8_flow_moe", "loss_moe_300m_words"),
     # Bytes: the head of these stays in bf16, so that nothing but blocks is judged, and nearly all of the time is theirs. 765 steps are 100.3 M tokens.
     loss("loss-fog-flash", 9, f"{BLOCKS} START=300 MODEL=fog_150m", "bf16 fog", "loss_fog_150m_common_start"),
