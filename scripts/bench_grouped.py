@@ -23,7 +23,7 @@ from benchmark import timed, write
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
-from fp8_recipes.kernels.grouped_configs import SMALL, WIDE, GroupedConfig
+from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig
 from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8_recipes.reference import grouped as reference
 from fp8_recipes.reference.grouped import GroupedTensor
@@ -52,8 +52,6 @@ SWEEP: dict[str, GroupedConfig] = {
     "128x256 s3 sub4 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
     "128x256 s4 sub4 (wgrad)": replace(WIDE, stages=4, subtiles=4),
 }
-SHARED = 226 * 1024
-"""Bytes of shared memory that a program can have on Hopper, less 1 KiB for barriers."""
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]
 

@@ -18,6 +18,8 @@ class GroupedConfig(GemmConfig):
 
 WIDE = GroupedConfig(128, 256, stages=3, subtiles=1, store="atomic")
 SMALL = GroupedConfig(128, 128, stages=5, subtiles=2, store="atomic")
+SHARED = 226 << 10
+"""Bytes of shared memory that a program can have on Hopper, less 1 KiB for barriers."""
 _RATE = {WIDE: 1.0, SMALL: 0.9}
 """Speed of each tile while the device is full, relative to the best; scripts/bench_grouped.py --sweep measures it."""
 
@@ -33,9 +35,12 @@ def select_config(m: int, n: int, programs: int) -> GroupedConfig:
     return min(_RATE, key=time)
 
 
-def storing(config: GroupedConfig, out_bytes: int) -> GroupedConfig:
-    """For results of ``out_bytes`` per element that are written: in one slice, 1 to 2 % less time than in two, where the tile fits into shared memory."""
-    return replace(config, subtiles=2) if config is WIDE and out_bytes > 2 else config
+def storing(config: GroupedConfig, out_bytes: int, adds: bool) -> GroupedConfig:
+    """For results of ``out_bytes`` per element that TMA writes, or loads and writes (``adds``): as few slices as shared memory has room for. One slice took 1 to 2 %
+    less time than two."""
+    while config.shared_bytes(out_bytes, adds) > SHARED:
+        config = replace(config, subtiles=2 * config.subtiles)
+    return config
 
 
 def adding(config: GroupedConfig) -> GroupedConfig:

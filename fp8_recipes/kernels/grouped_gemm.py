@@ -198,8 +198,9 @@ def _grouped_wgrad_kernel(
             last = tl.maximum((stop - start) // BLOCK_K, 1) - 1
             # Nothing to add: the product of zeros leaves the accumulator at zero for the next tile. (A branch around the epilogue would stall the products.)
             finish = tl.where(empty, -1, last) if ACCUMULATE else last
-            _fetch(scale_a_ptr + expert * N + m0, N - m0, BLOCK_M)
-            _fetch(scale_b_ptr + expert * K + n0, K - n0, BLOCK_N)
+            if not ACCUMULATE:  # (whose epilogue waits for its additions)
+                _fetch(scale_a_ptr + expert * N + m0, N - m0, BLOCK_M)
+                _fetch(scale_b_ptr + expert * K + n0, K - n0, BLOCK_N)
         a = a_desc.load([m0, row + k * BLOCK_K])
         b = b_desc.load([n0, row + k * BLOCK_K])
         acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
@@ -288,7 +289,7 @@ def grouped_gemm(
     promote = promote if promote < k else 0
     if config is None:
         config = select_config(rows, n, programs)
-        config = promoting(config) if promote > BLOCK_K else storing(config, out.element_size())
+        config = promoting(config) if promote > BLOCK_K else storing(config, out.element_size(), False)
     if TILE % config.block_m:
         raise ValueError(f"block_m={config.block_m} must divide {TILE}, the alignment of the experts' groups")
     by_tma = _takes_tma(out, n)
@@ -363,7 +364,7 @@ def grouped_wgrad(
     in_out = accumulate and first.dtype == torch.float32 and promote > BLOCK_K
     if config is None:  # a total in registers beside the accumulator fits the small tile only
         config = SMALL if promote > BLOCK_K and not in_out else select_config(experts * n, k, programs)
-        config = adding(config) if accumulate and first.dtype == torch.float32 else storing(config, first.element_size())
+        config = adding(config) if accumulate and first.dtype == torch.float32 else storing(config, first.element_size(), accumulate)
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"

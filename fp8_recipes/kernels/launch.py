@@ -121,7 +121,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     key = (id(kernel), device, *specialization, *constants, *constants.values())  # the kernel's own hash takes a lock and a Python call
     known = _compiled.get(key)
     if known is None:
-        with compiling(kernel):
+        with compiling(kernel, constants):
             compiled = kernel[grid](*args, **constants)
         _compiled[key] = _ready(kernel, compiled, tuple(constants[p.name] for p in kernel.params[len(args) :]))
         return

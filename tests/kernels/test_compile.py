@@ -73,7 +73,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     vectors = {"labels_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "target_ptr", "dloss_ptr"), "*fp32")
     for local, e5m2 in (("micro", True), ("row", False), ("tile", True)):
         form = {**import_module("fp8_recipes.kernels.cross_entropy").GRADIENT_OPTIONS, "E5M2": e5m2, **LOCAL[local]}
-        found.append(("cross_entropy", "_cross_entropy_backward_quantize_kernel", form, vectors, 8))
+        found.append(("cross_entropy", "_cross_entropy_backward_quantize_kernel", form, vectors, 2 * form["PIECES"]))
     found += permute_cases()
     found += routing_cases()
     found += dispatch_cases()
