@@ -36,8 +36,10 @@ def select_config(m: int, n: int, programs: int) -> GroupedConfig:
 
 
 def storing(config: GroupedConfig, out_bytes: int, adds: bool) -> GroupedConfig:
-    """For results of ``out_bytes`` per element that TMA writes, or loads and writes (``adds``): as few slices as shared memory has room for. One slice took 1 to 2 %
-    less time than two."""
+    """For results of ``out_bytes`` per element that TMA writes, or loads and writes (``adds``): as few slices as shared memory has room for.
+
+    One took 1 to 2 % less time than two.
+    """
     while config.shared_bytes(out_bytes, adds) > SHARED:
         config = replace(config, subtiles=2 * config.subtiles)
     return config
