@@ -32,6 +32,8 @@ Rows = list[dict[str, str]]
 Change = Callable[[Rows], Rows]
 RESULTS = ROOT / "docs" / "benchmarks"
 FUSED_LOSS = "--cross-entropy-loss-fusion"
+NO_WAITS = "--no-check-for-nan-in-loss-and-grad --rerun-mode disabled"
+"""Without it the host waits for the loss of every microbatch, and the GPU then for the host: for every recipe's speed."""
 FUSED_ROUTER = "--moe-router-fusion"
 WATCHED = "--fp8-metrics-log /dev/null --fp8-metrics-interval"
 WORDS = "VOCAB=32000 TEXT_MB=450"
@@ -48,6 +50,12 @@ def in_order(rows: Rows) -> Rows:
         row["recipe"] = name if name in first and number.isdigit() else row["recipe"]
         first[row["recipe"]] = None
     return [{"order": str(number), **row} for number, row in enumerate(rows, 1)]
+
+
+def by_model(rows: Rows) -> Rows:
+    """`in_order` of runs of several models: MODEL+RECIPE in two columns."""
+    rows = in_order(rows)
+    return [{"order": row["order"], "model": row["recipe"].partition("+")[0], **row, "recipe": row["recipe"].partition("+")[2]} for row in rows]
 
 
 def columns_of(rows: Rows, columns: dict[str, str], keys: tuple[str, ...]) -> Rows:
@@ -115,8 +123,8 @@ class Part:
     gpus: int = 1
 
 
-def speed(name: str, minutes: int, environment: str, recipes: str, target: str) -> Part:
-    return Part(name, minutes, f"{environment} scripts/bench_megatron.sh OUT {recipes}", [Table("speed.csv", target, in_order)])
+def speed(name: str, minutes: int, environment: str, recipes: str, target: str, change: Change = in_order) -> Part:
+    return Part(name, minutes, f"{environment} scripts/bench_megatron.sh OUT {recipes}", [Table("speed.csv", target, change)])
 
 
 def script(name: str, minutes: int, command: str, *tables: str | Table, gpus: int = 1) -> Part:
@@ -129,18 +137,19 @@ def loss(name: str, minutes: int, environment: str, recipes: str, target: str) -
 
 
 PARTS = [
-    speed("dense", 5, f'EXTRA="{FUSED_LOSS}"', "bf16 delayed moss tensorwise blockwise delayed moss",
+    speed("dense", 5, f'EXTRA="{FUSED_LOSS} {NO_WAITS}"', "bf16 delayed moss tensorwise blockwise delayed moss",
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
-    speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS}"',
+    speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS} {NO_WAITS}"',
           f'"bf16@32 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" blockwise tensorwise '
           f'"fp8_flow_moe {FUSED_ROUTER}" "bf16@32 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
     # 22 of an 8B's 32 layers: as many as fit beside Adam's states in every one of these, with room for the allocator. The logs say which attention ran.
-    speed("fog-speed", 8, f'STEPS=8 NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 EXTRA="--num-layers 22 {FUSED_LOSS}"',
-          "llama3_8l_8b+bf16 fog_8l_8b+fog llama3_8l_8b+delayed fog_max_8l_8b+fog "
-          "fog_8l_8b+moss:attention=fp8 llama3_8l_8b+tensorwise fog_8l_8b+fog llama3_8l_8b+bf16 llama3_8l_8b+delayed", "megatron_fog_8b.csv"),
+    speed("fog-speed", 8, f'STEPS=8 NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 EXTRA="--num-layers 22 {FUSED_LOSS} {NO_WAITS}"',
+          "llama3_8l_8b+bf16 fog_8l_8b+fog llama3_8l_8b+delayed fog_max_8l_8b+fog fog_8l_8b+moss:attention=fp8 "
+          "fog_8l_8b+moss:attention=fp8,weight_cache=row llama3_8l_8b+delayed fog_8l_8b+fog llama3_8l_8b+bf16 llama3_8l_8b+tensorwise",
+          "megatron_fog_8b.csv", by_model),
     # Iterations 14 to 43: three whole intervals of 10, after the first observed one has compiled its kernels.
-    speed("metrics-cost", 4, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS}"', f'moss "moss {WATCHED} 10" moss "moss {WATCHED} 10"',
+    speed("metrics-cost", 4, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS} {NO_WAITS}"', f'moss "moss {WATCHED} 10" moss "moss {WATCHED} 10"',
           "megatron_metrics_cost.csv"),
     script("moe-layer", 3, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
     script("moe-ablation", 2, 'scripts/bench_moe.py --ablation --shapes V2-Lite "V3, 8 local experts" --csv OUT', "moe_ablation.csv"),

@@ -104,6 +104,8 @@ def test_changed_tables_have_the_columns_of_the_documents(measure):
     speed = [dict.fromkeys(SPEED, "1") | {"recipe": name} for name in ("bf16@32", "moss --x 1.5", "bf16@32.2", "moss --x 1.5.2")]
     results = {"gemm.csv": measure.side_by_side(bench), "kernels.csv": measure.at_defaults(kernels)}
     results |= {name: measure.in_order([dict(r) for r in speed]) for name in ("megatron_dense_8l_7b.csv", "megatron_moe_6l_v2lite.csv")}
+    models = [dict.fromkeys(SPEED, "1") | {"recipe": name} for name in ("llama3_8l_8b+bf16", "fog_8l_8b+fog", "fog_8l_8b+fog.2")]
+    results["megatron_fog_8b.csv"] = measure.by_model(models)
     for name, rows in results.items():
         assert columns_wanted(name) and columns_wanted(name) <= set(rows[0]), name
     assert results["gemm.csv"] == [{
@@ -114,6 +116,7 @@ def test_changed_tables_have_the_columns_of_the_documents(measure):
     assert [(r["order"], r["recipe"]) for r in results["megatron_dense_8l_7b.csv"]] == [
         ("1", "bf16@32"), ("2", "moss --x 1.5"), ("3", "bf16@32"), ("4", "moss --x 1.5"),
     ]  # fmt: skip
+    assert [(r["model"], r["recipe"]) for r in results["megatron_fog_8b.csv"]] == [("llama3_8l_8b", "bf16"), ("fog_8l_8b", "fog"), ("fog_8l_8b", "fog")]
 
 
 def test_a_part_that_ends_well_leaves_tables_and_where_they_come_from(part, capsys):
