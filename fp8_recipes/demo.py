@@ -85,7 +85,7 @@ def setup(device: str, steps: int | None = None, seed: int = 0, arch: Architectu
     """The demo's model and schedule for "cpu" (0.5M parameters, under 3 minutes on two cores) or "cuda" (0.4B parameters), of whatever architecture."""
     if device == "cuda":
         gpt = GPTConfig(layers=8, width=2048, heads=16, seq=1024, arch=arch)
-        return Setup(device, 500 if steps is None else steps, gpt, batch=16, peak_lr=6e-4, seed=seed)
+        return Setup(device, 500 if steps is None else steps, gpt, batch=16, peak_lr=3e-4, seed=seed)
     gpt = GPTConfig(layers=2, width=128, heads=4, seq=128, arch=arch)
     return Setup(device, 400 if steps is None else steps, gpt, batch=8, peak_lr=1e-3, seed=seed)
 
