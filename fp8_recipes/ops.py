@@ -70,6 +70,14 @@ def rmsnorm_quantize(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Scaled
     return _backend(x).rmsnorm_quantize(x, *args, **kwargs)
 
 
+def rmsnorm_add(x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend(x).rmsnorm_add(x, residual, gain, eps)
+
+
+def rmsnorm_add_backward(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backend(x).rmsnorm_add_backward(dy, x, gain, rstd)
+
+
 def swiglu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).swiglu_quantize(h, *args, **kwargs)
 
@@ -244,6 +252,8 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantize_weight",
+    "rmsnorm_add",
+    "rmsnorm_add_backward",
     "rmsnorm_quantize",
     "route_map",
     "rows_for",

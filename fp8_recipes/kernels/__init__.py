@@ -15,6 +15,7 @@ from .moments import moments
 from .permute import combine_rows, gather_rows, route_map
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
+from .rmsnorm_add import rmsnorm_add, rmsnorm_add_backward
 from .routing import chosen_experts, chosen_experts_backward, copies_of_rows
 from .swiglu import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_saving
 from .tanh import tanh_bound, tanh_bound_backward
@@ -52,6 +53,8 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantize_weight",
+    "rmsnorm_add",
+    "rmsnorm_add_backward",
     "rmsnorm_quantize",
     "route_map",
     "scaling_aware_transpose",

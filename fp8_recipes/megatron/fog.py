@@ -125,30 +125,28 @@ def _branch(architecture: Architecture, config: Any) -> ModuleSpec:
 class Branch(torch.nn.Module):
     """Megatron's bias-dropout-add with a norm or LayerScale on the branch's output: ``residual + dropout(post(x + bias))``.
 
-    gain: initial gain. norm: RMSNorm, else LayerScale. Called as Megatron calls such builders: ``(training, fused)`` gives the function to apply.
+    gain: initial gain. norm: RMSNorm, else LayerScale. Called as Megatron calls such builders: ``(training, fused)`` gives the function to apply. A norm
+    without bias and dropout is one operation with the addition, in fp32 up to the residual's dtype (``--fp32-residual-connection``: fp32); otherwise Megatron's
+    operation follows it.
     """
 
     def __init__(self, config: Any, gain: float, norm: bool) -> None:
         super().__init__()
-        self.post: Any
-        if not norm:
-            self.post = LayerScale(config, gain)
-        elif config.transformer_impl == "transformer_engine":
-            self.post = TENorm(config, config.hidden_size, eps=config.layernorm_epsilon)
-            with torch.no_grad():
-                self.post.weight.fill_(gain)
-        else:
-            self.post = RMSNorm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon, gain=gain)
+        self.post: Any = (PostNorm if norm else LayerScale)(config, gain)
 
     def forward(self, training: bool, fused: bool) -> Any:
-        add = get_bias_dropout_add(training, fused)
+        add, norm = get_bias_dropout_add(training, fused), isinstance(self.post, PostNorm)
 
         def apply(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
             x, bias = x_with_bias
             # Megatron turns gradients on around this call even in passes without them (evaluation, the first pass under recompute), where x needs none: the
             # gains would begin a graph there that keeps the input of every norm until the pass ends.
-            with torch.set_grad_enabled(x.requires_grad):
-                x = self.post(x if bias is None else x + bias)
+            trained = x.requires_grad
+            if norm and bias is None and not (training and dropout):
+                return self.post(x, residual, train_gain=trained)
+            with torch.set_grad_enabled(trained):
+                x = x if bias is None else x + bias
+                x = self.post(x, torch.zeros_like(x)) if norm else self.post(x)
             return add((x, None), residual, dropout)
 
         return apply
@@ -159,11 +157,21 @@ def share_tokens(weight: Any, config: Any) -> None:
     weight.sequence_parallel = config.sequence_parallel
 
 
+class PostNorm(parts.PostNorm):
+    """`nn.fog.PostNorm` with its gradient summed over the ranks that share a sequence. Its gains are stored as they are: zero-centred ones are refused."""
+
+    def __init__(self, config: Any, gain: float) -> None:
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError("layernorm_zero_centered_gamma=True (--apply-layernorm-1p): a post-norm's gains are stored as they are; leave it False")
+        super().__init__(config.hidden_size, gain, config.layernorm_epsilon)
+        share_tokens(self.weight, config)
+
+
 class RMSNorm(parts.RMSNorm):
     """`nn.fog.RMSNorm` where Megatron builds a norm; the local implementation's, which under sequence parallelism has none of its own."""
 
-    def __init__(self, *, config: Any, hidden_size: int, eps: float, gain: float = 1.0, trained: bool = True) -> None:
-        super().__init__(hidden_size, gain, trained, eps)
+    def __init__(self, *, config: Any, hidden_size: int, eps: float, trained: bool = True) -> None:
+        super().__init__(hidden_size, trained, eps)
         if self.weight is not None:
             share_tokens(self.weight, config)
 

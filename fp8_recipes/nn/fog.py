@@ -2,7 +2,8 @@
 
     xIELU           FFN activation of FOG-max               LayerScale      gain on a branch's output (OP)
     TanhBound       queries and keys of FOG-flash           smooth_swiglu   the Smooth-SwiGLU baseline's FFN
-    RMSNorm         with any initial gain, trained or none
+    RMSNorm         with trained gains or none
+    PostNorm        RMSNorm of a branch's output, added to the residual stream in the same pass
 
 Each computes in fp32 and saves its input alone, in the input's dtype.
 """
@@ -26,14 +27,12 @@ XIELU_ALPHA = 0.8
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension, computed in fp32, returned in x's dtype.
 
-    gain: initial value of the trained gains [width]; with trained=False there are none, and nothing is stored.
+    The gains [width] are one at first; with trained=False there are none, and nothing is stored.
     """
 
-    def __init__(self, width: int, gain: float = 1.0, trained: bool = True, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, trained: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
-        if not trained and gain != 1.0:
-            raise ValueError(f"RMSNorm without trained gains has gain 1, got {gain}; scale its consumer instead (attention: the softmax scale)")
-        self.weight = nn.Parameter(torch.full((width,), gain)) if trained else None
+        self.weight = nn.Parameter(torch.ones(width)) if trained else None
         self.width, self.eps = width, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +42,49 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}{'' if self.weight is not None else ', no gain'}"
+
+
+class PostNorm(nn.Module):
+    """``residual + RMSNorm(x)`` as one operation each way (`ops.rmsnorm_add`): the end of a branch. Computed in fp32, rounded once, to the residual's dtype.
+
+    gain: initial value of the trained gains [width].
+    """
+
+    def __init__(self, width: int, gain: float = 1.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), gain))
+        self.width, self.eps = width, eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, train_gain: bool = True) -> torch.Tensor:
+        """x, residual: [..., width] of one shape, each in its own dtype. train_gain=False: the gains are constants of this call."""
+        return _RMSNormAdd.apply(x, residual, self.weight if train_gain else self.weight.detach(), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, eps={self.eps}"
+
+
+class _RMSNormAdd(torch.autograd.Function):
+    """Keeps x and one number per row if x or the gains want a gradient, else nothing: the residual's gradient is dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        rows = (-1, x.shape[-1])
+        y, rstd = ops.rmsnorm_add(x.contiguous().view(rows), residual.contiguous().view(rows), gain, eps)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            ctx.save_for_backward(x, gain, rstd)
+        return y.view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        need_x, need_residual, need_gain, _ = ctx.needs_input_grad
+        dx = dgain = None
+        if need_x or need_gain:
+            x, gain, rstd = ctx.saved_tensors
+            rows = (-1, x.shape[-1])
+            dx, dgain = ops.rmsnorm_add_backward(dy.contiguous().view(rows), x.contiguous().view(rows), gain, rstd)
+            dx = dx.view(x.shape)
+        return dx if need_x else None, dy if need_residual else None, dgain if need_gain else None, None
 
 
 class LayerScale(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..architecture import LLAMA3, Architecture
-from .fog import XIELU, LayerScale, RMSNorm, TanhBound, smooth_swiglu
+from .fog import XIELU, LayerScale, PostNorm, RMSNorm, TanhBound, smooth_swiglu
 from .linear import Linear as Fp8Linear
 from .mlp import can_fuse, fp8_mlp
 
@@ -145,19 +145,23 @@ class Block(nn.Module):
         self.attention_post, self.mlp_post = _post(config), _post(config)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention_post(self.attention(self.attention_norm(x), table))
-        return x + self.mlp_post(self.mlp(self.mlp_norm(x)))
+        x = _added(x, self.attention(self.attention_norm(x), table), self.attention_post)
+        return _added(x, self.mlp(self.mlp_norm(x)), self.mlp_post)
 
 
 def _pre_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm(config.width) if config.arch.pre_norm else nn.Identity()
 
 
+def _added(x: torch.Tensor, branch: torch.Tensor, post: nn.Module) -> torch.Tensor:
+    return post(branch, x) if isinstance(post, PostNorm) else x + post(branch)
+
+
 def _post(config: GPTConfig) -> nn.Module:
-    """What a branch's output passes before the residual addition."""
+    """What a branch's output passes on its way to the residual stream; a norm adds to it at once."""
     gain = config.arch.branch_gain(config.layers)
     if config.arch.post_norm:
-        return RMSNorm(config.width, gain)
+        return PostNorm(config.width, gain)
     return LayerScale(config.width, gain) if config.arch.layer_scale else nn.Identity()
 
 

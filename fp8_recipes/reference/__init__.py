@@ -11,6 +11,7 @@ from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, groupe
 from .moments import moments
 from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
 from .quantize import dequantize, quantize, quantize_weight
+from .rmsnorm_add import rmsnorm_add, rmsnorm_add_backward
 from .routing import chosen_experts, chosen_experts_backward
 from .tanh import tanh_bound, tanh_bound_backward
 from .xielu import xielu_backward_quantize, xielu_quantize, xielu_quantize_saving
@@ -46,6 +47,8 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantize_weight",
+    "rmsnorm_add",
+    "rmsnorm_add_backward",
     "rmsnorm_quantize",
     "route_map",
     "rows_for",

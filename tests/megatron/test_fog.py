@@ -140,6 +140,80 @@ class TestOneRank:
             assert any(name.endswith(key) for name in saved), key
 
 
+class TestBranch:
+    """``residual + dropout(post(x + bias))`` by the way it is called."""
+
+    def tensors(self, dtype=torch.bfloat16):
+        x, residual, bias = torch.randn(3, 4, 2, models.WIDTH, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+        return x.requires_grad_(), residual.to(dtype).requires_grad_(), bias[0, 0].clone().requires_grad_()
+
+    def branch(self, **changes):
+        from fp8_recipes.megatron import fog
+
+        architecture = from_name("fog-max")
+        branch = fog.Branch(models.config_of(architecture, **changes), gain=0.25, norm=True).bfloat16()
+        return branch, branch.post.weight
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_norm_and_addition_are_one_node(self, dtype):
+        """With --fp32-residual-connection nothing is rounded to bf16 on the way."""
+        (x, residual, _), (branch, gain) = self.tensors(dtype), self.branch()
+        y = branch(True, False)((x, None), residual, 0.0)
+        x64, residual64, gain64 = (t.detach().double().requires_grad_() for t in (x, residual, gain))
+        expected = residual64 + x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain64
+        assert y.dtype == dtype and type(y.grad_fn).__name__ == "_RMSNormAddBackward"
+        step = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(y.double(), expected, rtol=step, atol=1e-6)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+        y.backward(dy)
+        expected.backward(dy.double())
+        assert torch.equal(residual.grad, dy)
+        for found, true in ((x, x64), (gain, gain64)):
+            assert found.grad.dtype == torch.bfloat16
+            torch.testing.assert_close(found.grad.double(), true.grad, rtol=2.0**-8, atol=1e-5)
+
+    def test_bias_and_dropout_go_megatrons_way(self):
+        (x, residual, bias), (branch, gain) = self.tensors(), self.branch()
+        biased = branch(True, False)((x, bias), residual, 0.0)
+        one_node = branch(True, False)((x + bias, None), residual, 0.0)
+        torch.testing.assert_close(biased, one_node, rtol=2.0**-7, atol=2.0**-9)  # the norm's result is rounded by itself here
+        biased.sum().backward()
+        assert bias.grad is not None and x.grad is not None and gain.grad is not None
+        torch.manual_seed(8)
+        dropped = branch(True, False)((x, None), residual, 0.5)
+        norm = branch(True, False)((x, None), torch.zeros_like(residual), 0.0)
+        zero = dropped == residual
+        assert 0.3 < zero.double().mean() < 0.7
+        torch.testing.assert_close(dropped[~zero], (residual + 2 * norm)[~zero], rtol=2.0**-7, atol=2.0**-9)
+        assert torch.equal(branch(False, False)((x, None), residual, 0.5), branch(True, False)((x, None), residual, 0.0)), "no dropout in evaluation"
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_first_pass_under_recompute_keeps_nothing(self, bias):
+        """Megatron enables gradients around this call; the layer's input may want one, the branch's output does not."""
+        (x, residual, b), (branch, gain) = self.tensors(), self.branch()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+            y = branch(True, False)((x.detach(), b.detach() if bias else None), residual, 0.0)
+        assert not kept
+        y.sum().backward()
+        assert torch.equal(residual.grad, torch.ones_like(residual)) and gain.grad is None
+
+    def test_hooks_of_the_norm_run(self):
+        """Data parallelism waits for a parameter's all-gather in a hook of the module that has it (--overlap-param-gather)."""
+        (x, residual, _), (branch, _) = self.tensors(), self.branch()
+        seen = []
+        for module in branch.modules():
+            module.register_forward_pre_hook(lambda module, _: seen.extend(module.parameters(recurse=False)))
+        branch(True, False)((x, None), residual, 0.0)
+        assert len(seen) == 1 and seen[0] is branch.post.weight
+
+    def test_gain_belongs_to_ranks_that_share_a_sequence_and_is_not_centred(self):
+        assert not self.branch()[1].sequence_parallel
+        assert self.branch(tensor_model_parallel_size=2, sequence_parallel=True)[1].sequence_parallel
+        with pytest.raises(ValueError, match="--apply-layernorm-1p.*leave it False"):
+            self.branch(layernorm_zero_centered_gamma=True)
+
+
 TENSOR = [("sp", "fog-max"), ("sp", "fog-flash"), ("sp", "op"), ("sp", "olmo2"), ("tp", "fog-max"), ("tp", "fog-flash")]
 PIPELINE = [("pp", "fog-max"), ("pp", "fog-flash"), ("pp", "llama3")]
 

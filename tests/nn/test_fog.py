@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8_recipes.architecture import ARCHITECTURES, FOG_MAX, LLAMA3, SMOOTH_SWIGLU, from_name
-from fp8_recipes.nn.fog import XIELU, LayerScale, RMSNorm, TanhBound, _as_rows, smooth_swiglu
+from fp8_recipes.nn.fog import XIELU, LayerScale, PostNorm, RMSNorm, TanhBound, _as_rows, smooth_swiglu
 from fp8_recipes.nn.gpt import GPT, GPTConfig
 
 B, S, D = 2, 7, 48
@@ -44,10 +44,25 @@ def norm64(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return y if weight is None else y * weight
 
 
+def stream() -> torch.Tensor:
+    return normal(B, S, D, seed=14)
+
+
+class OntoStream(PostNorm):
+    """A post-norm as a function of x alone."""
+
+    def __init__(self) -> None:
+        super().__init__(D, gain=0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, stream().to(x.dtype))
+
+
 PARTS = {
     "xielu": (lambda: XIELU(), lambda x, alpha_p, alpha_n: xielu64(x, alpha_p, alpha_n)),
     "tanh": (lambda: TanhBound(0.5), lambda x, alpha: torch.tanh(alpha * x)),
-    "post-norm": (lambda: RMSNorm(D, gain=0.25), norm64),
+    "post-norm": (lambda: OntoStream(), lambda x, weight: stream().double() + norm64(x, weight)),
+    "norm": (lambda: RMSNorm(D), norm64),
     "frozen norm": (lambda: RMSNorm(D, trained=False), lambda x: norm64(x, None)),
     "layer scale": (lambda: LayerScale(D, 0.25), lambda x, weight: x * weight),
 }
@@ -93,6 +108,25 @@ def test_part_passes_gradcheck_of_what_it_needs(name: str) -> None:
         assert all(p.grad is not None for p in part.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_post_norm_hands_the_residual_its_gradient_and_keeps_what_it_must(dtype: torch.dtype) -> None:
+    """The residual sets the result's dtype. Kept: x, the gains and one number per row, or nothing."""
+    part = perturbed(PostNorm(D, gain=0.25), 1)
+    x, residual, dy = normal(B, S, D, seed=2).bfloat16(), stream().to(dtype), normal(B, S, D, seed=3).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    for wants_x, wants_residual, train_gain in ((True, True, True), (False, True, False), (False, False, False), (False, True, True), (True, False, False)):
+        part.weight.grad = None
+        a, b, kept = x.clone().requires_grad_(wants_x), residual.clone().requires_grad_(wants_residual), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            y = part(a, b, train_gain)
+        assert y.dtype == dtype and y.requires_grad == (wants_x or wants_residual or train_gain)
+        assert sorted(kept) == (sorted([(B, S, D), (D,), (B * S,)]) if wants_x or train_gain else [])
+        if y.requires_grad:
+            y.backward(dy)
+        assert (a.grad is not None and a.grad.dtype == torch.bfloat16) == wants_x and (part.weight.grad is not None) == train_gain
+        assert torch.equal(b.grad, dy) if wants_residual else b.grad is None
+    assert "48, eps=1e-05" in str(part)
+
+
 def test_tanh_of_queries_inside_a_joint_projection() -> None:
     """Any layout gives the same bits, and queries are read where they are."""
     joint = normal(2, 5, 6, 8, seed=13)
@@ -106,10 +140,8 @@ def test_tanh_of_queries_inside_a_joint_projection() -> None:
 def test_initial_values() -> None:
     assert XIELU().alpha().tolist() == pytest.approx([0.8, 0.8], rel=1e-6)
     assert TanhBound().alpha.item() == 0.5 and TanhBound().alpha.shape == ()
-    assert (RMSNorm(D, gain=0.25).weight == 0.25).all() and (LayerScale(D, 0.25).weight == 0.25).all()
+    assert (PostNorm(D, gain=0.25).weight == 0.25).all() and (RMSNorm(D).weight == 1).all() and (LayerScale(D, 0.25).weight == 0.25).all()
     assert RMSNorm(D, trained=False).state_dict() == {} and "no gain" in str(RMSNorm(D, trained=False)) and "alpha_p=0.8" in str(XIELU())
-    with pytest.raises(ValueError, match="without trained gains has gain 1, got 0.5"):
-        RMSNorm(D, gain=0.5, trained=False)
 
 
 def test_smooth_swiglu_changes_the_range_and_nothing_else() -> None:
@@ -213,7 +245,7 @@ def test_fog_starts_with_a_unit_stream_and_branches_of_one_over_sqrt_depth(name:
     block = model.blocks[0]
     assert block.attention.proj.weight.std().item() == pytest.approx(0.02, rel=0.05), "no smaller than the rest: the norm follows"
     before = block.attention(found[0], model.rope)
-    energy, rms = before.square().mean(-1), block.attention_post(before).square().mean(-1).sqrt()
+    energy, rms = before.square().mean(-1), block.attention_post(before, torch.zeros_like(before)).square().mean(-1).sqrt()
     torch.testing.assert_close(rms, 0.25 * (energy / (energy + 1e-5)).sqrt())
     assert rms.min() > 0.22, "every token's branch has RMS 1 / sqrt(16), less what eps takes"
     assert (block.mlp_post.weight == 0.25).all() and block.mlp_post.weight.requires_grad
