@@ -11,12 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def spawn(function: Any, *args: Any) -> None:
-    """Run ``function(rank, *args)`` in two processes that form one gloo group; raises what either raises."""
+def free_port() -> int:
+    """For MASTER_PORT: nobody listens there, not even the same test in another of pytest's workers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_run, args=(port, function, args), nprocs=2)
+        return s.getsockname()[1]
+
+
+def spawn(function: Any, *args: Any) -> None:
+    """Run ``function(rank, *args)`` in two processes that form one gloo group; raises what either raises."""
+    mp.spawn(_run, args=(free_port(), function, args), nprocs=2)
 
 
 def _run(rank: int, port: int, function: Any, args: tuple[Any, ...]) -> None:

@@ -11,6 +11,7 @@ import os
 import unittest.mock
 
 import torch
+from pretend_gpu import one_gloo_thread
 
 HIDDEN, FFN, EXPERTS = 128, 128, 8
 
@@ -42,6 +43,7 @@ def initialise(rank: int = 0, world: int = 1, store: str = "", expert_parallel: 
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     shims.install()
+    one_gloo_thread()
     kind = torch.distributed.FileStore(store, world) if store else torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, store=kind)
     sizes = {"tensor_model_parallel_size": tensor_parallel, "expert_model_parallel_size": expert_parallel, "expert_tensor_parallel_size": 1}

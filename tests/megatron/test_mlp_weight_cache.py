@@ -13,6 +13,7 @@ pytest.importorskip("transformer_engine", reason="TransformerEngine is not insta
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
 from megatron_runs import ROOT  # noqa: E402
+from metrics_ranks import free_port  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LAYERS, STEPS, MICROBATCHES = 2, 6, 3
@@ -36,7 +37,7 @@ def train(tmp_path_factory):
             log = tmp_path_factory.mktemp("run") / "log.jsonl"
             launch = ["--model", model, "--recipe", recipe, "--steps", str(STEPS), "--", *SMALL.split(), *flags.split(), "--fp8-log", str(log)]
             path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-            environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(29720 + len(done))}
+            environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(free_port())}
             command = [sys.executable, str(ROOT / "tests" / "weight_cache_worker.py"), *launch]
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
             assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
