@@ -2,6 +2,8 @@
 
     python scripts/bench_fog.py [--check | --sweep] [--csv DIR] [--rounds N]      (--check: no timing; --sweep: elements per thread of the row kernels)
 
+A post-norm with its addition stands beside TransformerEngine's norm followed by an addition, if TransformerEngine is installed.
+
 Bytes are the least that must move. Where no float64 stands beside it, "right" means the reference's bits except for a thousandth of the payload: the GPU's
 exponential differs in the last places. Exits with 1 if a check fails.
 """
@@ -9,27 +11,33 @@ exponential differs in the last places. Exits with 1 if a check fails.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import ALLOC, attribute, data, differences, poisoned, with_per_thread
+from bench_kernels import ALLOC, attribute, data, differences, poisoned, record_wall, wall, with_per_thread
 from benchmark import write
 from kernel_timing import Calls, Table, copy_calls, measure, record, rotations
 
 from fp8_recipes import from_name, kernels, reference
 from fp8_recipes.formats import FORMATS
 from fp8_recipes.nn import fp8_linear, fp8_mlp
-from fp8_recipes.nn.fog import XIELU
+from fp8_recipes.nn.fog import XIELU, PostNorm
 from fp8_recipes.reference import xielu as reference_xielu
 from fp8_recipes.weight_scaling import WeightScaling
 
 FFN = {"390M": (1024, 4096), "1.5B": (2048, 8192), "8B": (4096, 14336)}  # hidden, width of a gated FFN
 TOKENS = 8192
+STREAMS = (4096, 5120, 7168)
+"""Widths of residual streams."""
+NORM: Any = import_module("fp8_recipes.kernels.rmsnorm_add")
 MODES = (("micro", "row"), ("row", None), ("tile", None), ("micro", None))
 
 
@@ -80,10 +88,22 @@ def tanh_checks() -> Iterator[tuple[str, int, float]]:
         yield "tanh_bound_backward dalpha", int((da - ea).abs() > 1e-5 * terms) + int(da != again), 0
 
 
+def norm_checks() -> Iterator[tuple[str, int, float]]:
+    for rows, cols in ((4096, 4096), (1000, 5120), (4096, 7168), (333, 2050), (64, 16384)):
+        x, residual, dy, gain = data(rows, cols), data(rows, cols, 1), data(rows, cols, 2), data(1, cols, 3)[0]
+        (y, rstd), (expected, _) = (m.rmsnorm_add(x, residual, gain) for m in (kernels, reference))
+        yield f"rmsnorm_add {rows}x{cols}", int((y != expected).sum()), 1e-3 * y.numel()
+        (dx, dgain), (ex, eg), (_, again) = (m.rmsnorm_add_backward(dy, x, gain, rstd) for m in (kernels, reference, kernels))
+        yield f"rmsnorm_add_backward {rows}x{cols}", int((dx != ex).sum()), 1e-3 * dx.numel()
+        terms = (dy.float() * x.float() * rstd[:, None]).abs().sum(dim=0)
+        off = (dgain.float() - eg.float()).abs() > 2.0**-7 * eg.float().abs() + 2e-6 * terms
+        yield f"rmsnorm_add_backward {rows}x{cols} dgain", int(off.sum()) + int((dgain != again).sum()), 0
+
+
 def check() -> bool:
     failures = total = 0
     with attribute(ALLOC, "empty", poisoned):
-        for checks in (row_checks, tanh_checks):
+        for checks in (row_checks, tanh_checks, norm_checks):
             for name, count, allowed in checks():
                 total += 1
                 if not 0 <= count <= allowed:
@@ -126,6 +146,50 @@ def bench_tanh(table: Table, rounds: int) -> None:
     }
     for name, (moved, calls) in cases.items():
         record(table, (TOKENS, 4096), measure({"copy": copy_calls(moved), name: calls[""]}, rounds), {"copy": moved, name: moved})
+
+
+def te_norm(cols: int) -> Any:
+    """TransformerEngine's RMSNorm of bf16 rows, None if it is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    import transformer_engine.pytorch as te
+
+    return te.RMSNorm(cols, eps=1e-5, dtype=torch.bfloat16, device="cuda")
+
+
+def then_add(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return residual + norm(x)
+
+
+@torch.no_grad()
+def bench_norm(table: Table, rounds: int) -> None:
+    """A branch's end each way. The separate way moves 10 bytes per value forward and as many as the fused one backward; both are given the fused one's."""
+    for cols in STREAMS:
+        size, gain, norm = TOKENS * cols, data(1, cols, 9)[0], te_norm(cols)
+        xs, residuals, dys = ([data(TOKENS, cols, i + k) for i in range(rotations(2 * size))] for k in (0, 10, 20))
+        rstds = [kernels.rmsnorm_add(x, x, gain)[1] for x in xs]
+        contenders: Calls = {
+            "copy": copy_calls(6 * size),
+            "rmsnorm_add": [partial(kernels.rmsnorm_add, x, residual, gain) for x, residual in zip(xs, residuals, strict=True)],
+            "rmsnorm_add_backward": [partial(kernels.rmsnorm_add_backward, dy, x, gain, r) for dy, x, r in zip(dys, xs, rstds, strict=True)],
+        }
+        if norm is not None:
+            import transformer_engine_torch as tex
+
+            contenders["TE RMSNorm, then add"] = [partial(then_add, norm, x, residual) for x, residual in zip(xs, residuals, strict=True)]
+            contenders["TE RMSNorm backward"] = [partial(tex.rmsnorm_bwd, dy, x, r, gain, 0, False) for dy, x, r in zip(dys, xs, rstds, strict=True)]
+        record(table, (TOKENS, cols), measure(contenders, rounds), dict.fromkeys(contenders, float(6 * size)))
+
+
+def bench_norm_host(table: Table, rounds: int) -> None:
+    """Microseconds of the host for a branch's end, forward and backward through autograd, on tensors that the GPU is quick with."""
+    x, residual, dy = data(256, 512).requires_grad_(), data(256, 512, 1).requires_grad_(), data(256, 512, 2)
+    post, norm = PostNorm(512).cuda().bfloat16(), te_norm(512)
+    ways: dict[str, Callable[[], object]] = {"PostNorm, both ways": lambda: torch.autograd.grad(post(x, residual), (x, residual, post.weight), dy)}
+    if norm is not None:
+        ways["TE RMSNorm, then add, both ways"] = lambda: torch.autograd.grad(then_add(norm, x, residual), (x, residual, norm.weight), dy)
+    for name, call in ways.items():
+        record_wall(table, "host", name, [wall(call) for _ in range(rounds)])
 
 
 def swiglu_ffn(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -187,6 +251,33 @@ def sweep(table: Table, rounds: int) -> None:
             record(table, (TOKENS, cols), named, dict.fromkeys(named, float(moved)))
 
 
+def with_norm_plan(per_thread: int, part: float, call: Callable[..., object], *args: Any) -> object:
+    """The call with so many elements per thread, and backward with this part of the programs that fit."""
+
+    def plan(rows: int, cols: int, nbytes: int) -> tuple[int, dict[str, Any]]:
+        programs, options = backward(rows, cols, nbytes, per_thread=per_thread)
+        return max(int(programs * part), 1), options
+
+    forward, backward = NORM.row_options, NORM.backward_plan
+    with attribute(NORM, "row_options", partial(forward, per_thread=per_thread)), attribute(NORM, "backward_plan", plan):
+        return call(*args)
+
+
+def sweep_norm(table: Table, rounds: int) -> None:
+    for cols in STREAMS:
+        size, gain = TOKENS * cols, data(1, cols, 9)[0]
+        x, residual, dy = data(TOKENS, cols), data(TOKENS, cols, 1), data(TOKENS, cols, 2)
+        rstd = kernels.rmsnorm_add(x, residual, gain)[1]
+        calls: Calls = {}
+        for n in (16, 32, 64):
+            calls[f"rmsnorm_add, {n} per thread"] = [partial(with_norm_plan, n, 1.0, kernels.rmsnorm_add, x, residual, gain)] * 2
+            for part in (1.0, 0.5):
+                call = partial(with_norm_plan, n, part, kernels.rmsnorm_add_backward, dy, x, gain, rstd)
+                calls[f"rmsnorm_add_backward, {n} per thread, {part:.0%} of the programs"] = [call] * 2
+        times = measure({"copy": copy_calls(6 * size), **calls}, rounds)
+        record(table, (TOKENS, cols), times, dict.fromkeys(times, float(6 * size)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check only")
@@ -202,7 +293,7 @@ def main() -> None:
         sys.exit(1)
     table: Table = []
     if not args.check:
-        for bench in (sweep,) if args.sweep else (bench_rows, bench_tanh, bench_ffn):
+        for bench in (sweep, sweep_norm) if args.sweep else (bench_rows, bench_tanh, bench_norm, bench_norm_host, bench_ffn):
             bench(table, args.rounds)
     if args.csv and table:
         write(table, args.csv / f"fog_{'sweep' if args.sweep else 'bench'}.csv")

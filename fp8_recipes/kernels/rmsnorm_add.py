@@ -156,22 +156,22 @@ def _add_rows_kernel(partial_ptr, out_ptr, rows, cols, ROWS: tl.constexpr, COLS:
 
 
 @functools.cache
-def row_options(cols: int) -> dict[str, Any]:
-    """How one program covers a row of ``cols`` columns. Shared, not to be changed."""
-    warps = max(cols // (32 * PER_THREAD), 1)
+def row_options(cols: int, per_thread: int = PER_THREAD) -> dict[str, Any]:
+    """How one program covers a row of ``cols`` columns (scripts/bench_fog.py sweeps per_thread). Shared, not to be changed."""
+    warps = max(cols // (32 * per_thread), 1)
     warps = min(1 << (warps.bit_length() - 1), 16)
     width = min(256 * warps, max(next_power_of_2(cols), 64))  # two values a thread at least: bf16 is converted in pairs
     return {"WIDTH": width, "PIECES": cdiv(cols, width), "WHOLE": cols % width == 0, "num_warps": warps}
 
 
 @functools.cache
-def backward_plan(rows: int, cols: int, nbytes: int = 4) -> tuple[int, dict[str, Any]]:
+def backward_plan(rows: int, cols: int, nbytes: int = 4, per_thread: int = PER_THREAD) -> tuple[int, dict[str, Any]]:
     """(programs, options of the kernel): as many programs as a GPU's registers hold at once, while that leaves each some rows. Shared, not to be changed.
 
     nbytes: of one value of dy and one of x. A thread has 8 values of each in every piece, their sums and some temporaries: in bf16 24 registers a piece, with
     which nothing is spilled up to 20480 columns. Wider rows do spill.
     """
-    options = row_options(cols)
+    options = row_options(cols, per_thread=per_thread)
     threads = 32 * options["num_warps"]
     registers = min((16 + 2 * nbytes) * max(options["PIECES"], 4), 65536 // threads, 255 // 8 * 8)
     programs = MULTIPROCESSORS * (65536 // (registers * threads))

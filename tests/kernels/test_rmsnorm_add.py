@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -27,13 +28,12 @@ STEP = {BF16: 2.0**-8, torch.float16: 2.0**-11, FP32: 4e-7}
 
 def inputs(rows: int, cols: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES[0]) -> tuple[torch.Tensor, ...]:
     """(dy, x, residual, gain): rows of different size, one nearly lost in eps, one all zero."""
-    gen = torch.Generator().manual_seed(rows * cols)
-    x = torch.randn(rows, cols, generator=gen) * torch.exp(torch.randn(rows, 1, generator=gen))
+    normal = partial(torch.randn, generator=torch.Generator(device).manual_seed(rows * cols), device=device)
+    x = normal(rows, cols) * torch.exp(normal(rows, 1))
     x[rows // 2] *= 1e-3
     x[rows // 3] = 0
-    residual, dy, gain = torch.randn(rows, cols, generator=gen), torch.randn(rows, cols, generator=gen), 0.25 + torch.randn(cols, generator=gen) / 8
     of_x, of_residual, of_gain = dtypes
-    return tuple(t.to(dtype).to(device) for t, dtype in ((dy, of_residual), (x, of_x), (residual, of_residual), (gain, of_gain)))
+    return normal(rows, cols).to(of_residual), x.to(of_x), normal(rows, cols).to(of_residual), (0.25 + normal(cols) / 8).to(of_gain)
 
 
 def truth(dy: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, ...]:
