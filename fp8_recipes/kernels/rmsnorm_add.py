@@ -28,8 +28,8 @@ PER_THREAD = 32
 """Values of a row that a thread takes, at least."""
 MULTIPROCESSORS = 132
 """Of a Hopper GPU. A constant, so that the gain's gradient has the same bits on each of them."""
-ADD_ROWS, ADD_COLS = 64, 32
-"""Of the programs' sums that a program adds at a time: 128 bytes of a row."""
+ADD = {"ROWS": 256, "COLS": 32, "num_warps": 8}
+"""What of the programs' sums one program of the second kernel adds at a time: 128 bytes of each row, as many rows as need few rounds."""
 _BF16_PAIR_BYTES = tl.constexpr("{ prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244; }")
 
 
@@ -207,5 +207,5 @@ def rmsnorm_add_backward(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, 
     dx, dgain = common.empty((rows, cols), x.dtype, x.device), common.empty((cols,), gain.dtype, x.device)
     partial = common.empty((programs, cols), torch.float32, x.device)
     launch(_rmsnorm_add_backward_kernel, (programs,), dy, x, gain.contiguous(), rstd.contiguous(), dx, partial, rows, cols, **options)
-    launch(_add_rows_kernel, (cdiv(cols, ADD_COLS),), partial, dgain, programs, cols, ROWS=ADD_ROWS, COLS=ADD_COLS, num_warps=4)
+    launch(_add_rows_kernel, (cdiv(cols, ADD["COLS"]),), partial, dgain, programs, cols, **ADD)
     return dx, dgain

@@ -75,7 +75,7 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
         found.append(("rmsnorm_add", "_rmsnorm_add_kernel", forward, {}, 3 * forward["PIECES"]))
         backward = norm.backward_plan(8192, cols)[1]
         found.append(("rmsnorm_add", "_rmsnorm_add_backward_kernel", backward, {"partial_ptr": "*fp32"}, 3 * backward["PIECES"]))
-    found.append(("rmsnorm_add", "_add_rows_kernel", {"ROWS": 64, "COLS": 32}, {"partial_ptr": "*fp32"}, 4))
+    found.append(("rmsnorm_add", "_add_rows_kernel", norm.ADD, {"partial_ptr": "*fp32"}, 8))
     found.append(("cross_entropy", "_softmax_parts_kernel", {"BLOCK": 4096, "num_warps": 4}, {"labels_ptr": "*i64", "parts_ptr": "*fp32"}, 4))
     vectors = {"labels_ptr": "*i64"} | dict.fromkeys(("lse_ptr", "target_ptr", "dloss_ptr"), "*fp32")
     for local, e5m2 in (("micro", True), ("row", False), ("tile", True)):

@@ -62,6 +62,16 @@ def test_rmsnorm(x):
     assert torch.equal(rstd[-LAST:], alone_rstd)
 
 
+def test_rmsnorm_add_and_its_gradient(x):
+    gain = torch.ones(COLS, device="cuda", dtype=torch.bfloat16)
+    y, rstd = kernels.rmsnorm_add(x, x, gain)
+    alone, alone_rstd = kernels.rmsnorm_add(x[-LAST:], x[-LAST:], gain)
+    assert_bitwise(y[-LAST:], alone)
+    assert torch.equal(rstd[-LAST:], alone_rstd)
+    dx, _ = kernels.rmsnorm_add_backward(y, x, gain, rstd)
+    assert_bitwise(dx[-LAST:], kernels.rmsnorm_add_backward(alone, x[-LAST:], gain, alone_rstd)[0])
+
+
 def test_swiglu_and_its_gradient(x):
     assert_bitwise(last(kernels.swiglu_quantize(x, "micro", fold="row")), kernels.swiglu_quantize(x[-LAST:], "micro", fold="row"))
     dy = x[:, : COLS // 2].contiguous()
