@@ -29,7 +29,22 @@ def _decay(z):
 
 
 @triton.jit
-def _store(ptr, value, mask):
+def tanh_of(z):
+    e = _decay(z)
+    far = tl.where(z < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    # near zero 1 - e is mostly rounding error; two terms of the series are exact to fp32 there
+    return tl.where(tl.abs(z) < 0.015625, z - z * z * z * 0.33333334, far)
+
+
+@triton.jit
+def tanh_slope(z):
+    """1 - tanh^2 z."""
+    e = _decay(z)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def store_as(ptr, value, mask):
     """fp32 to the type of the memory."""
     if ptr.dtype.element_ty == tl.bfloat16:
         tl.store(ptr, _to_bf16(value), mask=mask)
@@ -43,10 +58,7 @@ def _tanh_kernel(x_ptr, out_ptr, alpha_ptr, rows, cols, stride, R: tl.constexpr,
     column = tl.program_id(1) * C + tl.arange(0, C)[None, :]
     mask = (row < rows) & (column < cols)
     z = tl.load(alpha_ptr) * to_fp32(tl.load(x_ptr + row * stride + column, mask=mask, other=0.0))
-    e = _decay(z)
-    far = tl.where(z < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    # near zero 1 - e is mostly rounding error; two terms of the series are exact to fp32 there
-    _store(out_ptr + row * cols + column, tl.where(tl.abs(z) < 0.015625, z - z * z * z * 0.33333334, far), mask)
+    store_as(out_ptr + row * cols + column, tanh_of(z), mask)
 
 
 @triton.jit
@@ -60,9 +72,8 @@ def _tanh_backward_kernel(
     alpha = tl.load(alpha_ptr)
     x = to_fp32(tl.load(x_ptr + row * stride + column, mask=mask, other=0.0))
     dy = to_fp32(tl.load(dy_ptr + row * dy_stride + column, mask=mask, other=0.0))
-    e = _decay(alpha * x)
-    dz = dy * (4.0 * e / ((1.0 + e) * (1.0 + e)))
-    _store(out_ptr + row * cols + column, dz * alpha, mask)
+    dz = dy * tanh_slope(alpha * x)
+    store_as(out_ptr + row * cols + column, dz * alpha, mask)
     tl.store(alpha_gradient_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(dz * x, axis=1), axis=0))
 
 
