@@ -83,7 +83,7 @@ def _place(pairs, PAIRS: tl.constexpr, HALF: tl.constexpr):
     """(pair int32, the same int64, column, mask) of this program's tile."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    return pair, pair.to(tl.int64), column, (pair < pairs) & (column < HALF)
+    return pair, pair.to(tl.int64), column, pair < pairs
 
 
 @triton.jit

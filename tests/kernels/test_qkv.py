@@ -25,7 +25,7 @@ Inputs = tuple[torch.Tensor, ...]
 
 
 def inputs(positions: int, batch: int, groups: int, heads: int, head: int, device: torch.device, dtype: torch.dtype = BF16) -> tuple[Inputs, Inputs]:
-    """((dq, dk, dv), (mixed, alpha_q, alpha_k, angles)): saturated and tiny values among mixed; angles inside wider rows, as Megatron's, the last ones large."""
+    """((dq, dk, dv), (mixed, alpha_q, alpha_k, angles)): saturated and tiny values in mixed; angles in wider rows, as Megatron's, the last ones large."""
     normal = partial(torch.randn, generator=torch.Generator(device).manual_seed(positions * groups + head), device=device)
     rows = positions * batch
     mixed = normal(rows, groups * (heads + 2) * head)
