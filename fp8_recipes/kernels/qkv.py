@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.qkv import check_gradients, check_qkv
+from ..reference.qkv import HEAD_SIZES, check_gradients, check_qkv
 from . import common
 from .common import INTERPRETED, cdiv, check_device, to_fp32
 from .launch import launch
@@ -29,8 +29,6 @@ TILE = 1024
 """Values of half a head that a program takes from as many pairs: 8 for each of 128 threads."""
 FORWARD, BACKWARD = 4, 2
 """Query heads, at most, that a program loads before it computes the first of them; backward has a gradient beside each."""
-HEADS = (16, 32, 64, 128, 256)
-"""Sizes of a head."""
 
 # pi / 2 in two parts: a fused product with the first leaves an exact difference.
 _PIO2 = tl.constexpr(1.57079637050628662109375)
@@ -38,8 +36,6 @@ _PIO2_LOW = tl.constexpr(-4.37113900018624283e-8)
 _TWO_OVER_PI = tl.constexpr(0.63661977236758134)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding it leaves a whole number in the lowest bits."""
-LARGEST_ANGLE = 2**20
-"""Radians up to which `cos_sin` is exact to a few units of 1e-7."""
 
 
 @triton.jit
@@ -53,7 +49,7 @@ def _fma(a, b, c):
 
 @triton.jit
 def cos_sin(angle):
-    """(cos, sin) of fp32 radians in [-2**20, 2**20], to 2e-7. By series on [-0.9, 0.9] around the nearest multiple of pi / 2: the hardware's own functions
+    """(cos, sin) of fp32 radians up to `reference.qkv.LARGEST_ANGLE` in size, to 2e-7. By series on [-0.9, 0.9] around the nearest multiple of pi / 2: the hardware's own functions
     lose a digit for every factor of ten."""
     shifted = _fma(angle, _TWO_OVER_PI, _ROUND)
     quadrant = shifted.to(tl.int32, bitcast=True)
@@ -167,8 +163,8 @@ def options(heads_per_group: int, head: int, at_once: int) -> dict[str, int]:
 def _check(mixed: torch.Tensor, alphas: tuple[torch.Tensor, torch.Tensor], angles: torch.Tensor, heads_per_group: int) -> tuple[int, int]:
     groups, head = check_qkv(mixed, alphas, angles, heads_per_group)
     check_device(mixed, "mixed")
-    if head not in HEADS:
-        raise ValueError(f"heads of size {head}: the kernels take {', '.join(map(str, HEADS))}. Use fp8_recipes.reference, which takes any")
+    if head not in HEAD_SIZES:
+        raise ValueError(f"heads of size {head}: the kernels take {', '.join(map(str, HEAD_SIZES))}. Use fp8_recipes.reference, which takes any")
     if mixed.shape[0] * groups >= 2**31:
         raise ValueError(f"mixed has {mixed.shape[0]} rows of {groups} groups; the kernels count less than 2**31 of them. Use smaller microbatches")
     return groups, head
@@ -177,7 +173,7 @@ def _check(mixed: torch.Tensor, alphas: tuple[torch.Tensor, torch.Tensor], angle
 def qkv_tanh_rotary(
     mixed: torch.Tensor, alpha_q: torch.Tensor, alpha_k: torch.Tensor, angles: torch.Tensor, heads_per_group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kernel twin of `fp8_recipes.reference.qkv_tanh_rotary`, for heads of a size in `HEADS` and angles up to `LARGEST_ANGLE`."""
+    """Kernel twin of `fp8_recipes.reference.qkv_tanh_rotary`, for heads of a size in `HEAD_SIZES` and angles up to `LARGEST_ANGLE`."""
     groups, head = _check(mixed, (alpha_q, alpha_k), angles, heads_per_group)
     rows = mixed.shape[0]
     q, k, v = (common.empty((rows, groups * heads * head), mixed.dtype, mixed.device) for heads in (heads_per_group, 1, 1))

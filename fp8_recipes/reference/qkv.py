@@ -9,6 +9,11 @@ import torch
 
 from ..tensor import check_matrix
 
+HEAD_SIZES = (16, 32, 64, 128, 256)
+"""Sizes of a head that the kernels take; the reference takes any even one."""
+LARGEST_ANGLE = 2**20
+"""Radians up to which the kernels' cosines and sines are exact to 2e-7."""
+
 
 def check_qkv(mixed: torch.Tensor, alphas: tuple[torch.Tensor, torch.Tensor], angles: torch.Tensor, heads_per_group: int) -> tuple[int, int]:
     """Raise unless these are inputs of `qkv_tanh_rotary`; returns (groups, size of a head)."""

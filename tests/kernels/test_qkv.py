@@ -13,6 +13,7 @@ import triton.language as tl
 from assertions import assert_bitwise, assert_nearly_bitwise
 
 from fp8_recipes import kernels, reference
+from fp8_recipes.reference.qkv import LARGEST_ANGLE
 
 module = import_module("fp8_recipes.kernels.qkv")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -143,7 +144,7 @@ def test_cosine_and_sine_of_positions(device):
     generator = torch.Generator(device).manual_seed(1)
     borders = torch.arange(4096, device=device) * (math.pi / 4)
     near = borders + 1e-4 * torch.randn(4096, generator=generator, device=device)
-    wide = (2 * torch.rand(8192, generator=generator, device=device) - 1) * module.LARGEST_ANGLE
+    wide = (2 * torch.rand(8192, generator=generator, device=device) - 1) * LARGEST_ANGLE
     model = torch.outer(torch.arange(0, 131072, 512, device=device).float(), 10000.0 ** (-torch.arange(0, 64, device=device) / 64)).view(-1)
     angle = torch.cat((borders.float(), near.float(), wide, -wide, model, torch.tensor([0.0, -0.0] * 512, device=device)))
     cos, sin = torch.empty_like(angle), torch.empty_like(angle)
