@@ -1,9 +1,9 @@
 """The real launcher on a machine without a GPU: ``python pretend_gpu.py <arguments of scripts/launch.sh>`` trains on the CPU as if it were a Hopper GPU.
 
 Megatron, its data-parallel buffers, its distributed optimizer and checkpoints, TransformerEngine's modules and every line of this package run unchanged. What
-TransformerEngine has in C++ (RMSNorm, rotation, its own cast, its products) is a few lines of torch here; attention takes its unfused way in torch; Adam is torch. A
-function mode turns "cuda" into "cpu". So shapes, layouts, dtypes, hooks, flags, gradients' ways and files are checked, and numbers are those of the reference;
-speed, memory and what only CUDA does are not. RANK and WORLD_SIZE may be set: gloo connects the processes.
+TransformerEngine has in C++ (RMSNorm, rotation, its own cast, its products) is a few lines of torch here; attention goes its unfused way in torch, Adam is
+torch. A function mode turns "cuda" into "cpu". So shapes, layouts, dtypes, hooks, flags, gradients' ways and files are checked, and numbers are those of the
+reference; speed, memory and what only CUDA does are not. RANK and WORLD_SIZE may be set: gloo connects the processes.
 """
 
 from __future__ import annotations

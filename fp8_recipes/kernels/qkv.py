@@ -49,8 +49,8 @@ def _fma(a, b, c):
 
 @triton.jit
 def cos_sin(angle):
-    """(cos, sin) of fp32 radians up to `reference.qkv.LARGEST_ANGLE` in size, to 2e-7. By series on [-0.9, 0.9] around the nearest multiple of pi / 2: the hardware's own functions
-    lose a digit for every factor of ten."""
+    """(cos, sin) of fp32 radians up to `reference.qkv.LARGEST_ANGLE` in size, to 2e-7. By series on [-0.9, 0.9] around the nearest multiple of pi / 2: the
+    hardware's own functions lose a digit for every factor of ten."""
     shifted = _fma(angle, _TWO_OVER_PI, _ROUND)
     quadrant = shifted.to(tl.int32, bitcast=True)
     turns = shifted - _ROUND
