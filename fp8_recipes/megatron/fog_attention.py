@@ -80,7 +80,7 @@ def call_reason(attention: Any, hidden_states: torch.Tensor, rotary: Any, args: 
     wanted = (positions, 1, 1, attention.hidden_size_per_attention_head)
     if not (isinstance(rotary, torch.Tensor) and rotary.shape == wanted and rotary.dtype == torch.float32 and rotary.is_contiguous()):
         found = f"{rotary.dtype} {tuple(rotary.shape)}" if isinstance(rotary, torch.Tensor) else type(rotary).__name__
-        return f"rotary positions are {found}, not fp32 {wanted}"
+        return f"rotary positions are {found}, not contiguous fp32 {wanted}"
     if positions * attention.config.context_parallel_size > LARGEST_ANGLE:
         return f"more than {LARGEST_ANGLE} positions"
     return None

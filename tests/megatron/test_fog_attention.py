@@ -223,7 +223,7 @@ def test_calls_that_go_megatrons_way(groups, monkeypatch):
     assert reason(packed_seq_params=types.SimpleNamespace(qkv_format="thd")) == "called with packed_seq_params"
     assert reason(inference_context=object(), sequence_len_offset=x) == "called with inference_context, sequence_len_offset"
     assert reason(args=(None,)) == "called with arguments by position"
-    wanted = f"not fp32 ({models.SEQ}, 1, 1, {head})"
+    wanted = f"not contiguous fp32 ({models.SEQ}, 1, 1, {head})"
     assert reason(None) == f"rotary positions are NoneType, {wanted}"
     assert reason((angles, angles)) == f"rotary positions are tuple, {wanted}"
     for other in (angles[..., : head // 2], angles[:-1], angles.expand(-1, 2, -1, -1), angles.double()):
