@@ -165,6 +165,14 @@ def tanh_bound_backward(dy: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor) 
     return _backend(x).tanh_bound_backward(dy, x, alpha)
 
 
+def qkv_tanh_rotary(mixed: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backend(mixed).qkv_tanh_rotary(mixed, *args, **kwargs)
+
+
+def qkv_tanh_rotary_backward(dq: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backend(dq).qkv_tanh_rotary_backward(dq, *args, **kwargs)
+
+
 def xielu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).xielu_quantize(h, *args, **kwargs)
 
@@ -249,6 +257,8 @@ __all__ = [
     "measure_experts",
     "moments",
     "pack_rows",
+    "qkv_tanh_rotary",
+    "qkv_tanh_rotary_backward",
     "quantize",
     "quantize_experts",
     "quantize_weight",

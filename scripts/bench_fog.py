@@ -2,7 +2,8 @@
 
     python scripts/bench_fog.py [--check | --sweep] [--csv DIR] [--rounds N]      (--check: no timing; --sweep: elements per thread of the row kernels)
 
-A post-norm with its addition stands beside TransformerEngine's norm followed by an addition, if TransformerEngine is installed.
+A post-norm with its addition stands beside TransformerEngine's norm followed by an addition, bound and rotation of queries and keys as one operation beside
+split, tanh and TransformerEngine's rotation, if TransformerEngine is installed.
 
 Bytes are the least that must move. Where no float64 stands beside it, "right" means the reference's bits except for a thousandth of the payload: the GPU's
 exponential differs in the last places. Exits with 1 if a check fails.
@@ -29,7 +30,7 @@ from kernel_timing import Calls, Table, copy_calls, measure, record, rotations
 from fp8_recipes import from_name, kernels, reference
 from fp8_recipes.formats import FORMATS
 from fp8_recipes.nn import fp8_linear, fp8_mlp
-from fp8_recipes.nn.fog import XIELU, PostNorm
+from fp8_recipes.nn.fog import XIELU, PostNorm, TanhBound, bound_and_rotated
 from fp8_recipes.reference import xielu as reference_xielu
 from fp8_recipes.weight_scaling import WeightScaling
 
@@ -38,6 +39,9 @@ TOKENS = 8192
 STREAMS = (4096, 5120, 7168)
 """Widths of residual streams."""
 NORM: Any = import_module("fp8_recipes.kernels.rmsnorm_add")
+QKV: Any = import_module("fp8_recipes.kernels.qkv")
+QKV_SHAPES = ((8, 4, 128), (32, 1, 128), (32, 1, 64), (2, 4, 128))
+"""Groups, query heads a group, size of a head: of 8B, without groups, of small heads, of one of four tensor-parallel ranks."""
 MODES = (("micro", "row"), ("row", None), ("tile", None), ("micro", None))
 
 
@@ -88,6 +92,27 @@ def tanh_checks() -> Iterator[tuple[str, int, float]]:
         yield "tanh_bound_backward dalpha", int((da - ea).abs() > 1e-5 * terms) + int(da != again), 0
 
 
+def qkv_data(groups: int, heads: int, head: int, seed: int = 0, tokens: int = TOKENS) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+    """((dq, dk, dv), (mixed, alpha_q, alpha_k, angles, heads a group)); half as many positions as tokens."""
+    a, frequency = torch.tensor(0.5, device="cuda"), 10000.0 ** (-torch.arange(0, head, 2, device="cuda") / head)
+    angles = torch.outer(torch.arange(tokens // 2, device="cuda").float(), frequency).repeat(1, 2)[:, : head // 2]
+    gradients = [data(tokens, groups * n * head, seed + 10 + i) for i, n in enumerate((heads, 1, 1))]
+    return gradients, (data(tokens, groups * (heads + 2) * head, seed), a, a, angles, heads)
+
+
+def qkv_checks() -> Iterator[tuple[str, int, float]]:
+    for shape in QKV_SHAPES:
+        gradients, given = qkv_data(*shape, tokens=2050)
+        for name, y, e in zip("qkv", kernels.qkv_tanh_rotary(*given), reference.qkv_tanh_rotary(*given), strict=True):
+            yield f"qkv_tanh_rotary {shape} {name}", int((y != e).sum()), 0 if name == "v" else 2e-3 * y.numel()
+        (dx, *das), (ex, *_), (_, *again) = (m.qkv_tanh_rotary_backward(*gradients, *given) for m in (kernels, reference, kernels))
+        yield f"qkv_tanh_rotary_backward {shape}", int((dx != ex).sum()), 4e-3 * dx.numel()
+        alphas = [t.double() for t in reference.qkv_tanh_rotary_backward(*(g.float() for g in gradients), given[0].float(), *given[1:])[1:]]
+        terms = [g.float().abs().sum().double() for g in gradients]  # |(1 - tanh^2) x| is below 1 at alpha 1/2, and a rotation keeps sizes to sqrt 2
+        off = [(da.double() - e).abs() > 2e-6 * t for da, e, t in zip(das, alphas, terms, strict=False)]
+        yield f"qkv_tanh_rotary_backward {shape} dalpha", int(sum(off)) + sum(int(a != b) for a, b in zip(das, again, strict=True)), 0
+
+
 def norm_checks() -> Iterator[tuple[str, int, float]]:
     for rows, cols in ((4096, 4096), (1000, 5120), (4096, 7168), (333, 2050), (64, 16384)):
         x, residual, dy, gain = data(rows, cols), data(rows, cols, 1), data(rows, cols, 2), data(1, cols, 3)[0]
@@ -103,7 +128,7 @@ def norm_checks() -> Iterator[tuple[str, int, float]]:
 def check() -> bool:
     failures = total = 0
     with attribute(ALLOC, "empty", poisoned):
-        for checks in (row_checks, tanh_checks, norm_checks):
+        for checks in (row_checks, tanh_checks, qkv_checks, norm_checks):
             for name, count, allowed in checks():
                 total += 1
                 if not 0 <= count <= allowed:
@@ -146,6 +171,70 @@ def bench_tanh(table: Table, rounds: int) -> None:
     }
     for name, (moved, calls) in cases.items():
         record(table, (TOKENS, 4096), measure({"copy": copy_calls(moved), name: calls[""]}, rounds), {"copy": moved, name: moved})
+
+
+def te_rotation() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """TransformerEngine's fused rotation of [s, b, heads, E] by [s, 1, 1, E], None if it is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+    return partial(apply_rotary_pos_emb, tensor_format="sbhd", fused=True)
+
+
+def apart(rotate: Callable[..., torch.Tensor], bound: TanhBound, freqs: torch.Tensor, heads: int, mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the one operation replaces, as Megatron has it. mixed: [s, b, features]."""
+    s, b, head = *mixed.shape[:2], freqs.shape[-1]
+    q, k, v = mixed.view(s, b, -1, (heads + 2) * head).split((heads * head, head, head), dim=3)
+    return rotate(bound(q.reshape(s, b, -1, head)), freqs), rotate(bound(k), freqs), v
+
+
+def bench_qkv(table: Table, rounds: int) -> None:
+    """Between the joint projection and attention, two sequences. All are given the one operation's bytes: backward does not read the values' input."""
+    for shape in QKV_SHAPES:
+        (groups, heads, head), rotate, bound = shape, te_rotation(), TanhBound().cuda()
+        made = [qkv_data(*shape, seed=20 * i) for i in range(3)]
+        size, values = TOKENS * groups * (heads + 2) * head, TOKENS * groups * head
+        moved = {"forward": 4.0 * size, "backward": 6.0 * size - 2 * values}
+        half = made[0][1][3]
+        freqs = torch.cat((half, half), dim=-1)[:, None, None].contiguous()
+        mixed = [given[0].view(TOKENS // 2, 2, -1).requires_grad_() for _, given in made]
+        ways: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+            "qkv, one operation": lambda x, b=bound, a=half, n=heads: bound_and_rotated(x, b.alpha, b.alpha, a, n)
+        }
+        if rotate is not None:
+            ways["qkv, one by one"] = partial(apart, rotate, bound, freqs, heads)
+        for direction, nbytes in moved.items():
+            contenders: Calls = {"copy": copy_calls(nbytes)}
+            for name, way in ways.items():
+                if direction == "forward":
+                    contenders[f"{name}, forward"] = [partial(way, x) for x in mixed]
+                    continue
+                outputs = [way(x) for x in mixed]
+                dys = [[g.view(y.shape) for g, y in zip(gradients, ys, strict=True)] for (gradients, _), ys in zip(made, outputs, strict=True)]
+                leaves = [(x, bound.alpha) for x in mixed]
+                graphs = zip(outputs, leaves, dys, strict=True)
+                contenders[f"{name}, backward"] = [partial(torch.autograd.grad, *graph, retain_graph=True) for graph in graphs]
+            record(table, (TOKENS, size // TOKENS), measure(contenders, rounds), dict.fromkeys(contenders, nbytes))
+
+
+def with_heads_at_once(name: str, heads: int, call: Callable[..., object], *args: Any) -> object:
+    with attribute(QKV, name, heads):
+        return call(*args)
+
+
+def sweep_qkv(table: Table, rounds: int) -> None:
+    """Query heads that a program loads at once."""
+    gradients, given = qkv_data(*QKV_SHAPES[0])
+    size = given[0].numel()
+    calls = {
+        "qkv_tanh_rotary": ("FORWARD", kernels.qkv_tanh_rotary, given, 4.0 * size),
+        "qkv_tanh_rotary_backward": ("BACKWARD", kernels.qkv_tanh_rotary_backward, (*gradients, *given), 6.0 * size),
+    }
+    for name, (constant, call, args, nbytes) in calls.items():
+        contenders: Calls = {f"{name}, {n} heads at once": [partial(with_heads_at_once, constant, n, call, *args)] * 2 for n in (1, 2, 4)}
+        times = measure({"copy": copy_calls(nbytes), **contenders}, rounds)
+        record(table, (TOKENS, size // TOKENS), times, dict.fromkeys(times, nbytes))
 
 
 def te_norm(cols: int) -> Any:
@@ -293,7 +382,7 @@ def main() -> None:
         sys.exit(1)
     table: Table = []
     if not args.check:
-        for bench in (sweep, sweep_norm) if args.sweep else (bench_rows, bench_tanh, bench_norm, bench_norm_host, bench_ffn):
+        for bench in (sweep, sweep_norm, sweep_qkv) if args.sweep else (bench_rows, bench_tanh, bench_qkv, bench_norm, bench_norm_host, bench_ffn):
             bench(table, args.rounds)
     if args.csv and table:
         write(table, args.csv / f"fog_{'sweep' if args.sweep else 'bench'}.csv")

@@ -70,6 +70,7 @@ def config_of(architecture: Architecture, **changes):
         "pipeline_dtype": torch.float32,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        "apply_rope_fusion": architecture.qk == "tanh",  # one operation of this package; the others' is TransformerEngine's, in CUDA
     }
     return TransformerConfig(**given | changes)
 

@@ -1,9 +1,9 @@
 """The real launcher on a machine without a GPU: ``python pretend_gpu.py <arguments of scripts/launch.sh>`` trains on the CPU as if it were a Hopper GPU.
 
 Megatron, its data-parallel buffers, its distributed optimizer and checkpoints, TransformerEngine's modules and every line of this package run unchanged. What
-TransformerEngine has in C++ (RMSNorm, its own cast, its products) is a few lines of torch here; attention takes its unfused way in torch; Adam is torch. A
-function mode turns "cuda" into "cpu". So shapes, layouts, dtypes, hooks, flags, gradients' ways and files are checked, and numbers are those of the reference;
-speed, memory and what only CUDA does are not. RANK and WORLD_SIZE may be set: gloo connects the processes.
+TransformerEngine has in C++ (RMSNorm, rotation, its own cast, its products) is a few lines of torch here; attention goes its unfused way in torch, Adam is
+torch. A function mode turns "cuda" into "cpu". So shapes, layouts, dtypes, hooks, flags, gradients' ways and files are checked, and numbers are those of the
+reference; speed, memory and what only CUDA does are not. RANK and WORLD_SIZE may be set: gloo connects the processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-FLAGS = ("--distributed-backend", "gloo", "--no-rope-fusion", "--no-bias-dropout-fusion", "--num-workers", "0")
+FLAGS = ("--distributed-backend", "gloo", "--no-bias-dropout-fusion", "--num-workers", "0")
 
 
 def command(*arguments: str) -> list[str]:
@@ -165,6 +165,17 @@ def rmsnorm_backward(dy: Any, x: Any, rstd: Any, w: Any, margin: int, zero_cente
     return (rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))).to(x.dtype), (dy.float() * n).sum(0).to(w.dtype)
 
 
+def rope(t: Any, freqs: Any, start: Any, layout: Any, interleaved: bool, cu_seqlens: Any, cp_size: int, cp_rank: int, sign: int = 1) -> Any:
+    assert start is None and not interleaved and cu_seqlens is None and cp_size == 1 and freqs.shape == (t.shape[0], 1, 1, t.shape[-1])
+    first, second = t.float().chunk(2, dim=-1)
+    cos, sin = freqs.cos().chunk(2, dim=-1)[0], sign * freqs.sin().chunk(2, dim=-1)[0]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(t.dtype)
+
+
+def rope_backward(*arguments: Any) -> Any:
+    return rope(*arguments, sign=-1)
+
+
 def quantize(x: Any, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
     """Delayed and current scaling, with the transposed form that Hopper's products want."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
@@ -227,6 +238,7 @@ def transformer_engine() -> None:
             if name in vars(module):
                 setattr(module, name, function)
     tex.generic_gemm, tex.quantize = generic_gemm, quantize
+    tex.fused_rope_forward, tex.fused_rope_backward = rope, rope_backward
     gemm.get_cublas_workspace = lambda *_: torch.empty(1)
     attention.get_attention_backend = lambda _: (False, None, False, None, True, [])  # UnfusedDotProductAttention
     softmax.FusedScaleMaskSoftmax.is_kernel_available = lambda *_: False

@@ -13,6 +13,7 @@ from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
 from .moments import moments
 from .permute import combine_rows, gather_rows, route_map
+from .qkv import qkv_tanh_rotary, qkv_tanh_rotary_backward
 from .quantize import fold, quantize, quantize_weight
 from .rmsnorm import rmsnorm_quantize
 from .rmsnorm_add import rmsnorm_add, rmsnorm_add_backward
@@ -50,6 +51,8 @@ __all__ = [
     "measure_experts",
     "moments",
     "pack_rows",
+    "qkv_tanh_rotary",
+    "qkv_tanh_rotary_backward",
     "quantize",
     "quantize_experts",
     "quantize_weight",

@@ -25,6 +25,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
@@ -35,6 +36,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from ..architecture import Architecture
 from ..nn import fog as parts
+from .fog_attention import BoundedSelfAttention
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -101,6 +103,8 @@ def _layer(architecture: Architecture, config: Any, spec: ModuleSpec) -> ModuleS
     if architecture.post_norm or architecture.layer_scale:
         changes |= {"self_attn_bda": _branch(architecture, config), "mlp_bda": _branch(architecture, config)}
     self_attention = replace(old.self_attention, submodules=attention)
+    if architecture.qk == "tanh" and old.self_attention.module is SelfAttention:
+        self_attention = replace(self_attention, module=BoundedSelfAttention)
     return replace(spec, submodules=replace(old, self_attention=self_attention, mlp=mlp, **changes))
 
 
@@ -202,8 +206,10 @@ class TanhBound(parts.TanhBound):
         super().__init__(alpha)
         self.alpha = torch.nn.Parameter(self.alpha.detach().view(1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return parts._Tanh.apply(x, self.alpha.view(()))
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """``tanh(alpha x)``. Without x: alpha, 0-dim, for `BoundedSelfAttention`, which calls the module so that its hooks run."""
+        alpha = self.alpha.view(())
+        return alpha if x is None else parts._Tanh.apply(x, alpha)
 
 
 class XIELU(parts.XIELU):

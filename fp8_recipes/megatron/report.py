@@ -39,7 +39,19 @@ def precision_table(args: Any, chunks: list[torch.nn.Module]) -> str:
     body = [("module", "layers", "weight", "runs in")] + [(name, _ranges(layers), shape, precision) for (name, shape, precision), layers in rows.items()]
     widths = [max(len(row[column]) for row in body) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
-    return "\n".join([title, *("  " + line for line in lines + _moe_layers(args, chunks) + _fused_mlps(args, chunks) + _head(chunks))])
+    return "\n".join([title, *("  " + line for line in lines + _attention(chunks) + _moe_layers(args, chunks) + _fused_mlps(args, chunks) + _head(chunks))])
+
+
+def _attention(chunks: list[torch.nn.Module]) -> list[str]:
+    """Which attention layers bounded by tanh take their queries and keys through one operation, and which not, and why."""
+    from . import fog_attention
+
+    ways: dict[str, list[int]] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, fog_attention.BoundedSelfAttention):
+                ways.setdefault(fog_attention.describe(module), []).append(int(module.layer_number))
+    return [f"attention of layers {_ranges(layers)}: {way}" for way, layers in ways.items()]
 
 
 def _head(chunks: list[torch.nn.Module]) -> list[str]:

@@ -124,6 +124,39 @@ class _Tanh(torch.autograd.Function):
         return dx.view(x.shape) if ctx.needs_input_grad[0] else None, dalpha.to(alpha.dtype) if ctx.needs_input_grad[1] else None
 
 
+def bound_and_rotated(
+    mixed: torch.Tensor, alpha_q: torch.Tensor, alpha_k: torch.Tensor, angles: torch.Tensor, heads_per_group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention takes, from a joint projection in Megatron's order, as one operation each way (`ops.qkv_tanh_rotary`): (q, k, v), contiguous.
+
+    mixed: [s, ..., groups * (heads_per_group + 2) * E]; alpha_q, alpha_k: 0-dim; angles: [s, E / 2] fp32. q: [s, ..., groups * heads_per_group, E]; k, v:
+    [s, ..., groups, E]. Keeps mixed alone.
+    """
+    return _BoundAndRotated.apply(mixed, alpha_q, alpha_k, angles, heads_per_group)
+
+
+class _BoundAndRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: torch.Tensor, alpha_q: torch.Tensor, alpha_k: torch.Tensor, angles: torch.Tensor, heads_per_group: int
+    ) -> tuple[torch.Tensor, ...]:
+        mixed = mixed.contiguous()
+        ctx.heads_per_group = heads_per_group
+        ctx.save_for_backward(mixed, alpha_q, alpha_k, angles)
+        parts = ops.qkv_tanh_rotary(mixed.view(-1, mixed.shape[-1]), alpha_q, alpha_k, angles, heads_per_group)
+        return tuple(part.view(*mixed.shape[:-1], -1, 2 * angles.shape[1]) for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        mixed, alpha_q, alpha_k, angles = ctx.saved_tensors
+        rows = mixed.view(-1, mixed.shape[-1])
+        flat = (gradient.contiguous().view(rows.shape[0], -1) for gradient in gradients)
+        dmixed, *dalphas = ops.qkv_tanh_rotary_backward(*flat, rows, alpha_q, alpha_k, angles, ctx.heads_per_group)
+        found = (dmixed.view(mixed.shape), *dalphas)
+        return *(gradient if needed else None for gradient, needed in zip(found, ctx.needs_input_grad, strict=False)), None, None
+
+
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """x as [rows, cols] with contiguous rows: queries inside a joint projection [B, S, H', E] become [B * S, H * E] where they lie. Layouts whose last
     dimension has gaps are copied."""

@@ -10,6 +10,7 @@ from .gemm import gemm, gemm_exact
 from .grouped import GroupedTensor, grouped_fold_transpose, grouped_gemm, grouped_wgrad, scaling_aware_transpose
 from .moments import moments
 from .permute import RowMap, combine_rows, copies_of_rows, gather_rows, route_map, rows_for
+from .qkv import qkv_tanh_rotary, qkv_tanh_rotary_backward
 from .quantize import dequantize, quantize, quantize_weight
 from .rmsnorm_add import rmsnorm_add, rmsnorm_add_backward
 from .routing import chosen_experts, chosen_experts_backward
@@ -44,6 +45,8 @@ __all__ = [
     "measure_experts",
     "moments",
     "pack_rows",
+    "qkv_tanh_rotary",
+    "qkv_tanh_rotary_backward",
     "quantize",
     "quantize_experts",
     "quantize_weight",

@@ -69,6 +69,12 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     found += experts_cases()
     found.append(("tanh", "_tanh_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 4))
     found.append(("tanh", "_tanh_backward_kernel", {"R": 4, "C": 1024}, {"alpha_ptr": "*fp32"}, 8))
+    qkv = import_module("fp8_recipes.kernels.qkv")
+    angles = dict.fromkeys(("angle_ptr", "alpha_q_ptr", "alpha_k_ptr"), "*fp32")
+    for heads, head in ((4, 128), (1, 64), (8, 128), (7, 64), (32, 128)):
+        forward, backward = (qkv.options(heads, head, n) for n in (qkv.FORWARD, qkv.BACKWARD))
+        found.append(("qkv", "_qkv_kernel", forward, angles, 2 * forward["AT_ONCE"] + 6))  # key, value and twice four angles
+        found.append(("qkv", "_qkv_backward_kernel", backward, angles, 4 * backward["AT_ONCE"] + 8))
     norm = import_module("fp8_recipes.kernels.rmsnorm_add")
     for cols in (2048, 4096, 5120, 7168):
         forward = norm.row_options(cols)

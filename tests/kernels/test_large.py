@@ -72,6 +72,17 @@ def test_rmsnorm_add_and_its_gradient(x):
     assert_bitwise(dx[-LAST:], kernels.rmsnorm_add_backward(alone, x[-LAST:], gain, alone_rstd)[0])
 
 
+def test_queries_and_keys_and_their_gradient(x):
+    alpha, heads = torch.tensor(0.5, device="cuda"), 2
+    angles = torch.outer(torch.arange(ROWS, device="cuda").float(), 10000.0 ** (-torch.arange(64, device="cuda") / 64))
+    whole = kernels.qkv_tanh_rotary(x, alpha, alpha, angles, heads)
+    alone = kernels.qkv_tanh_rotary(x[-LAST:], alpha, alpha, angles[-LAST:], heads)
+    for y, expected in zip(whole, alone, strict=True):
+        assert_bitwise(y[-LAST:], expected)
+    dx = kernels.qkv_tanh_rotary_backward(*whole, x, alpha, alpha, angles, heads)[0]
+    assert_bitwise(dx[-LAST:], kernels.qkv_tanh_rotary_backward(*alone, x[-LAST:], alpha, alpha, angles[-LAST:], heads)[0])
+
+
 def test_swiglu_and_its_gradient(x):
     assert_bitwise(last(kernels.swiglu_quantize(x, "micro", fold="row")), kernels.swiglu_quantize(x[-LAST:], "micro", fold="row"))
     dy = x[:, : COLS // 2].contiguous()

@@ -89,6 +89,8 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
         ("fog_tiny", "fog", f"--fog max {FULL}"),
         ("fog_tiny", "moss", f"--fog max {FULL}"),
         ("fog_tiny", "moss:attention=fp8", "--fog max"),
+        ("fog_tiny", "moss", f"--fog flash {FULL}"),
+        ("fog_tiny", "moss:attention=fp8", "--fog flash"),
         ("llama3_8l_8b", "moss", ""),
     ],
 )
@@ -111,6 +113,7 @@ def test_run_learns_and_every_tensor_is_counted_once(train, model, recipe, flags
         assert quantised["elements"] == TOKENS * HIDDEN and "flush_share" in quantised
     if recipe.startswith("moss"):
         assert f"{LAYERS} MLPs: in FP8 layers" in log and "as one function" in log
+    assert (f"attention of layers 1-{LAYERS}: split, tanh and rotation as one operation" in log) == (model == "fog_tiny" and "max" not in flags)
 
 
 def test_watching_changes_no_bit(train):
@@ -127,10 +130,31 @@ def test_resume_is_bitwise_with_metrics(train, tmp_path, model, recipe):
     assert resumed == {step: whole[step] for step in (3, 4)}
 
 
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"])
-def test_divided_run_counts_the_same_elements(train, layout):
+def test_one_operation_goes_on_from_a_checkpoint_of_several(train, tmp_path):
+    """Split, tanh and rotation: nothing of theirs but the alphas is in a checkpoint. Data parallelism waits for those in their modules' hooks."""
+    flags = "--fog flash --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    whole, _, log = train("fog_tiny", "moss", f"{flags} --no-rope-fusion --save {tmp_path} --save-interval 2")
+    assert "split, tanh and rotation one by one: --no-rope-fusion" in log
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed, _, log = train("fog_tiny", "moss", f"{flags} --load {tmp_path}")
+    assert "split, tanh and rotation as one operation" in log
+    assert resumed == pytest.approx({step: whole[step] for step in (3, 4)}, rel=2e-3)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    back = train("fog_tiny", "moss", f"{flags} --no-rope-fusion --load {tmp_path}")[0]
+    assert back == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "layout"),
+    [
+        ("max", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("flash", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("max", "--pipeline-model-parallel-size 2"),
+    ],
+)
+def test_divided_run_counts_the_same_elements(train, arch, layout):
     """Its weights start otherwise (each rank draws its own), so only what is counted can be compared."""
-    flags = "--fog max --num-query-groups 2"
+    flags = f"--fog {arch} --num-query-groups 2"
     losses, metrics, _ = train("fog_tiny", "moss", f"{flags} {layout}", ranks=2)
     assert losses[STEPS] < losses[1]
     one = train("fog_tiny", "moss", flags)[1]
