@@ -288,21 +288,20 @@ for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="atomic", ACCUMULATE=True, out_desc=None)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, out_desc=None)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="tma", ACCUMULATE=False)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="atomic", ACCUMULATE=True, out_desc=None)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=True)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
-    in_registers = constants["PROMOTE"] and not constants.get("IN_OUT")
+    in_registers = kernel is _grouped_gemm_kernel and constants["PROMOTE"]
     adds, out_bytes = constants["ACCUMULATE"], 4 if dtype == "fp32" else 2
     c = adding(WIDE) if adds and out_bytes == 4 else promoting(WIDE) if in_registers else storing(WIDE, out_bytes, adds)
     constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, **constants)
     if kernel is _grouped_gemm_kernel:
         del constants["ACCUMULATE"]
     else:
-        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
+        constants = {"ORDER": 1, "ALIGNED": True, **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
@@ -315,7 +314,7 @@ for kernel, dtype, constants in (
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
     path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
     open(path, "wb").write(compiled.asm["cubin"])
-    print("KERNEL", kernel.__name__, constants["PROMOTE"], "IN_OUT" if constants.get("IN_OUT") else "", "adds" if adds else "", compiled.metadata.shared)
+    print("KERNEL", kernel.__name__, "in_registers" if in_registers else "", "adds" if adds else "", compiled.metadata.shared)
     print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout)
 """
 
@@ -328,7 +327,7 @@ def test_machine_code_streams_products() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 9
+    assert len(listings) == 8
     for listing in listings:
         name, *lines = listing.splitlines()
         assert int(name.split()[-1]) <= 227 * 1024, f"{name}: bytes of shared memory a Hopper multiprocessor gives one program"
@@ -337,7 +336,7 @@ def test_machine_code_streams_products() -> None:
         loop = lines[products[0] : next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])]
         assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), f"{name}: the product of one K block is waited for before the next is issued"
         assert len([line for line in loop if "LDL" in line or "STL" in line]) <= 3, f"{name}: spills beside the products"
-        if "IN_OUT" in name or name.split()[1] == "0":
+        if "in_registers" not in name:
             assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills, although nothing but the accumulator is held"
             overwrites = [bool(re.search(r"R\d+, U?P\d", lines[i])) for i in products]
             assert overwrites == ["adds" not in name, False, False, False], f"{name}: zeros are added to at the start of a tile"
