@@ -183,3 +183,12 @@ def decode(byte, E5M2: tl.constexpr):
     if E5M2:
         return finite_or_nan(byte.to(tl.float8e5, bitcast=True).to(tl.float32))
     return byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def fetch(ptr, count, COUNT: tl.constexpr):
+    """The first ``count`` of COUNT fp32 values at ``ptr`` on their way into L1, a line of 32 at a time, without waiting for them."""
+    if not INTERPRETED:
+        first = tl.arange(0, COUNT // 32) * 32
+        lines = ptr + tl.where(first < count, first, 0)
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)

@@ -26,7 +26,7 @@ import triton.language as tl
 from ..reference.grouped import GroupedTensor, Matrices, check_grouped_gemm, check_outs, check_wgrad_operands
 from ..tensor import TILE, ScaledTensor
 from . import common
-from .common import INTERPRETED, cdiv, check_device, next_power_of_2
+from .common import INTERPRETED, cdiv, check_device, fetch, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
@@ -43,15 +43,6 @@ def _used_blocks(block_expert_ptr, blocks, CHUNK: tl.constexpr):
         block = first + tl.arange(0, CHUNK)
         used += tl.sum((tl.load(block_expert_ptr + block, mask=block < blocks, other=-1) >= 0).to(tl.int32))
     return used
-
-
-@triton.jit
-def _fetch(ptr, count, COUNT: tl.constexpr):
-    """The first ``count`` of COUNT fp32 values at ``ptr`` on their way into L1, a line of 32 at a time, without waiting for them."""
-    if not INTERPRETED:
-        first = tl.arange(0, COUNT // 32) * 32
-        lines = ptr + tl.where(first < count, first, 0)
-        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -101,8 +92,8 @@ def _grouped_gemm_kernel(
             if EARLY:
                 scale_a = tl.load(scale_a_ptr + m0 + tl.arange(0, BLOCK_M)) * tl.load(scale_b_ptr + e)
             else:
-                _fetch(scale_a_ptr + m0, BLOCK_M, BLOCK_M)
-                _fetch(scale_b_ptr + (row_b if STRIDE_B else e), N - n0, BLOCK_N if STRIDE_B else 32)
+                fetch(scale_a_ptr + m0, BLOCK_M, BLOCK_M)
+                fetch(scale_b_ptr + (row_b if STRIDE_B else e), N - n0, BLOCK_N if STRIDE_B else 32)
         a = a_desc.load([m0, k * BLOCK_K])
         # Where BLOCK_N does not divide N this reads some rows of the next expert; their columns of the result lie beyond N and are not written.
         b = b_desc.load([row_b, k * BLOCK_K])
@@ -198,8 +189,8 @@ def _grouped_wgrad_kernel(
             # Nothing to add: the product of zeros leaves the accumulator at zero for the next tile. (A branch around the epilogue would stall the products.)
             finish = tl.where(empty, -1, last) if ACCUMULATE else last
             if not ACCUMULATE:  # (whose epilogue waits for its additions)
-                _fetch(scale_a_ptr + expert * N + m0, N - m0, BLOCK_M)
-                _fetch(scale_b_ptr + expert * K + n0, K - n0, BLOCK_N)
+                fetch(scale_a_ptr + expert * N + m0, N - m0, BLOCK_M)
+                fetch(scale_b_ptr + expert * K + n0, K - n0, BLOCK_N)
         a = a_desc.load([m0, row + k * BLOCK_K])
         b = b_desc.load([n0, row + k * BLOCK_K])
         acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)

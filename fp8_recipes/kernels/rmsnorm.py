@@ -30,14 +30,14 @@ PER_THREAD = {"row": 32, "tile": 64, "micro": 64}
 
 
 @triton.jit
-def load_pieces(ptr, FIRST: tl.constexpr, cols, TILES: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
+def _load_pieces(ptr, FIRST: tl.constexpr, cols, TILES: tl.constexpr, PIECES: tl.constexpr, WHOLE: tl.constexpr):
     """PIECES pieces of a row from column FIRST on: of each (what `load_flat` returns, its first column, its MASK)."""
     mask = PIECES == 1 and not WHOLE
     piece = (load_flat(ptr, FIRST, cols, TILES, mask), FIRST, mask)
     if PIECES == 1:
         return (piece,)
     else:
-        return (piece,) + load_pieces(ptr, FIRST + TILES * 128, cols, TILES, PIECES - 1, WHOLE)  # noqa: RUF005
+        return (piece,) + _load_pieces(ptr, FIRST + TILES * 128, cols, TILES, PIECES - 1, WHOLE)  # noqa: RUF005
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _stacked(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_pieces(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, WHOLE: tl.constexpr, LOCAL: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr):
+def _store_pieces(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, WHOLE: tl.constexpr, LOCAL: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr):
     """`rows.store_row` of equal pieces."""
     PIECES: tl.constexpr = len(held)
     BLOCK: tl.constexpr = held[0].data.shape[0]
@@ -112,12 +112,12 @@ def _rmsnorm_quantize_kernel(
 ):
     """One row: PIECES of BLOCK tiles each, of which the last may reach beyond the row unless WHOLE."""
     row = tl.program_id(0).to(tl.int64)
-    pieces = load_pieces(x_ptr + row * cols, 0, cols, BLOCK, PIECES, WHOLE)  # all loads are in flight before the sum waits
+    pieces = _load_pieces(x_ptr + row * cols, 0, cols, BLOCK, PIECES, WHOLE)  # all loads are in flight before the sum waits
     square = tl.sum(tl.ravel(_added([_square(piece[0]) for piece in pieces])), axis=0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, cols.to(tl.float32)) + eps))
     tl.store(rstd_ptr + row, rstd)
     held = [hold_piece(_normalised(*piece, gamma_ptr, cols, rstd), LOCAL, E5M2) for piece in pieces]
-    store_pieces(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, WHOLE, LOCAL, FOLD, E5M2)
+    _store_pieces(held, row, cols, payload_ptr, scale_ptr, tile_exponent_ptr, WHOLE, LOCAL, FOLD, E5M2)
 
 
 @functools.cache

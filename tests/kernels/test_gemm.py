@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from machine_code import listings, spills
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, whose own library is decorated then
@@ -197,39 +196,26 @@ def test_bad_dtypes(arguments) -> None:
 
 
 COMPILE = """
-import os, re, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fp8_recipes.kernels.gemm import _gemm_kernel
 from fp8_recipes.kernels.gemm_configs import WIDE as c
+from machine_code import show
 constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, PROMOTE=8, STRIDE_A=1, STRIDE_B=1,
                  STORE="reduce", ACCUMULATE=True, bias_ptr=None)
 types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
-             out_desc=f"tensordesc<fp32[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr="*fp32", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
-             M="i32", N="i32", K="i32")
-names = _gemm_kernel.arg_names
-source = ASTSource(_gemm_kernel, {n: types.get(n, "constexpr") for n in names}, constexprs=constants)
-kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
-path = os.path.join(tempfile.mkdtemp(), "gemm.cubin")
-open(path, "wb").write(kernel.asm["cubin"])
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout)
+             out_desc=f"tensordesc<fp32[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr="*fp32", scale_a_ptr="*fp32", scale_b_ptr="*fp32")
+show(_gemm_kernel, types, constants, dict(num_warps=c.warps, num_stages=c.stages), multiples=())
 """
 
 
 @pytest.mark.slow
 def test_machine_code_keeps_both_accumulators_of_a_wide_tile_out_of_local_memory() -> None:
     """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, and no spill between them and the loop's branch."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    ((_, lines),) = listings(COMPILE)
     products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
     assert len(products) == 4
-    first_branch = next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])
-    loop = lines[products[0] : first_branch]
+    loop = lines[products[0] : next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])]
     assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), "the product of one K block is waited for before the next is issued"
-    assert not [line for line in loop if "LDL" in line or "STL" in line]
+    assert not spills(loop)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -13,6 +12,7 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_snr
 from data import GROUPS, group_layout
+from machine_code import listings, spills
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, whose own library is decorated then
@@ -277,13 +277,10 @@ def test_configs() -> None:
 
 
 COMPILE = """
-import os, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fp8_recipes.kernels.first_product import compiling
 from fp8_recipes.kernels.grouped_configs import WIDE, adding, promoting, storing
 from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel, _grouped_wgrad_kernel
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+from machine_code import show
 for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma", ACCUMULATE=False)),
@@ -294,7 +291,7 @@ for kernel, dtype, constants in (
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
-    in_registers = kernel is _grouped_gemm_kernel and constants["PROMOTE"]
+    in_registers = kernel is _grouped_gemm_kernel and constants["PROMOTE"] > 0
     adds, out_bytes = constants["ACCUMULATE"], 4 if dtype == "fp32" else 2
     c = adding(WIDE) if adds and out_bytes == 4 else promoting(WIDE) if in_registers else storing(WIDE, out_bytes, adds)
     constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, **constants)
@@ -306,16 +303,10 @@ for kernel, dtype, constants in (
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
                  block_expert_ptr="*i32", offsets_ptr="*i32", table_ptr="*i64")
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n.endswith("_ptr") or n in ("rows", "N", "K")}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    multiples = [n for n in kernel.arg_names if n.endswith("_ptr") or n in ("rows", "N", "K")]
     with compiling(kernel, constants):
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=c.warps, num_stages=c.stages))
-    path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
-    open(path, "wb").write(compiled.asm["cubin"])
-    print("KERNEL", kernel.__name__, "in_registers" if in_registers else "", "adds" if adds else "", compiled.metadata.shared)
-    print(subprocess.run([os.path.join(tools, "nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout)
+        show(kernel, types, constants, dict(num_warps=c.warps, num_stages=c.stages), multiples=multiples,
+             name=kernel.__name__, dtype=dtype, promote=constants["PROMOTE"], in_registers=in_registers, adds=adds)
 """
 
 
@@ -323,23 +314,19 @@ for kernel, dtype, constants in (
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_machine_code_streams_products() -> None:
     """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, next to no spills between them and the loop's branch."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 8
-    for listing in listings:
-        name, *lines = listing.splitlines()
-        assert int(name.split()[-1]) <= 227 * 1024, f"{name}: bytes of shared memory a Hopper multiprocessor gives one program"
+    found = listings(COMPILE)
+    assert len(found) == 8
+    for kernel, lines in found:
+        assert kernel["shared"] <= 227 * 1024, f"{kernel}: bytes of shared memory a Hopper multiprocessor gives one program"
         products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
-        assert len(products) == 4, name
+        assert len(products) == 4, kernel
         loop = lines[products[0] : next(i for i in range(products[-1], len(lines)) if "BRA" in lines[i])]
-        assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), f"{name}: the product of one K block is waited for before the next is issued"
-        assert len([line for line in loop if "LDL" in line or "STL" in line]) <= 3, f"{name}: spills beside the products"
-        if "in_registers" not in name:
-            assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills, although nothing but the accumulator is held"
+        assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), f"{kernel}: the product of one K block is waited for before the next is issued"
+        assert len(spills(loop)) <= 3, f"{kernel}: spills beside the products"
+        if not kernel["in_registers"]:
+            assert not spills(lines), f"{kernel}: spills, although nothing but the accumulator is held"
             overwrites = [bool(re.search(r"R\d+, U?P\d", lines[i])) for i in products]
-            assert overwrites == ["adds" not in name, False, False, False], f"{name}: zeros are added to at the start of a tile"
+            assert overwrites == [not kernel["adds"], False, False, False], f"{kernel}: zeros are added to at the start of a tile"
 
 
 @pytest.mark.gpu

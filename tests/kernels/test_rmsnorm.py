@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from importlib import import_module
 
 import pytest
 import torch
 from assertions import assert_quantized
+from machine_code import listings, spills
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -103,27 +102,15 @@ def test_real_sizes(device, shape, granularity, fold):
 
 
 COMPILE = """
-import os, re, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fp8_recipes.kernels.rmsnorm import _rmsnorm_quantize_kernel as kernel, row_options
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-types = dict(scale_ptr="*fp32", rstd_ptr="*fp32", payload_ptr="*u8", tile_exponent_ptr="*u8", x_ptr="*bf16", gamma_ptr="*bf16", cols="i32", eps="fp32")
+from fp8_recipes.kernels.rmsnorm import _rmsnorm_quantize_kernel, row_options
+from machine_code import show
+types = dict(scale_ptr="*fp32", rstd_ptr="*fp32", payload_ptr="*u8", tile_exponent_ptr="*u8", x_ptr="*bf16", gamma_ptr="*bf16", eps="fp32")
 for cols in (4096, 11008, 14336):
     for local in ("micro", "row"):
         options = dict(row_options(cols, local))
         launch = {k: options.pop(k) for k in ("num_warps", "maxnreg") if k in options}
         constants = dict(options, LOCAL=local, FOLD=local == "micro", E5M2=False)
-        signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants and n != "eps"}
-        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-        path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
-        open(path, "wb").write(compiled.asm["cubin"])
-        read = lambda *command: subprocess.run([os.path.join(tools, command[0]), *command[1:], path], capture_output=True, text=True, check=True).stdout
-        registers = re.search(r"REG:(\\d+)", read("cuobjdump", "--dump-resource-usage")).group(1)
-        print("KERNEL", cols, local, launch["num_warps"], options["PIECES"], registers)
-        print(read("nvdisasm", "-c"))
+        show(_rmsnorm_quantize_kernel, types, constants, launch, cols=cols, local=local, warps=launch["num_warps"], pieces=options["PIECES"])
 """
 
 
@@ -131,19 +118,15 @@ for cols in (4096, 11008, 14336):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_machine_code_keeps_rows_in_flight():
     """Compiled for sm_90, which needs no GPU: every load of a row before the first wait, no spills, and rows enough on a multiprocessor to fill the memory."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 6
-    for listing in listings:
-        name, *lines = listing.splitlines()
-        cols, local, warps, pieces, registers = (int(w) if w.isdigit() else w for w in name.split())
+    found = listings(COMPILE)
+    assert len(found) == 6
+    for kernel, lines in found:
+        cols, warps, pieces, registers = (kernel[key] for key in ("cols", "warps", "pieces", "registers"))
         waits = [i for i, line in enumerate(lines) if "SHFL" in line or "BAR.SYNC" in line]
         loads = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
-        assert len(loads) == 4 * pieces, f"{name}: x and gamma, 32 bytes of each piece per thread"
-        assert len([i for i in loads if i < waits[0]]) >= 2 * pieces, f"{name}: x is not in flight as a whole when the sum starts"
-        assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills"
-        assert len([i for i in waits if "BAR.SYNC" in lines[i]]) <= 7, f"{name}: a reduction per piece"
+        assert len(loads) == 4 * pieces, f"{kernel}: x and gamma, 32 bytes of each piece per thread"
+        assert len([i for i in loads if i < waits[0]]) >= 2 * pieces, f"{kernel}: x is not in flight as a whole when the sum starts"
+        assert not spills(lines), kernel
+        assert len([i for i in waits if "BAR.SYNC" in lines[i]]) <= 7, f"{kernel}: a reduction per piece"
         rows = min(65536 // (-(-registers // 8) * 256 * warps), 64 // warps)
-        assert rows * 2 * cols >= (80 << 10), f"{name}: {rows} rows on a multiprocessor"
+        assert rows * 2 * cols >= (80 << 10), f"{kernel}: {rows} rows on a multiprocessor"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 import sys
 from functools import partial
 from importlib import import_module
@@ -12,6 +10,7 @@ from importlib import import_module
 import pytest
 import torch
 from assertions import assert_bitwise, assert_nearly_bitwise
+from machine_code import listings, spills
 
 from fp8_recipes import kernels, reference
 
@@ -151,26 +150,14 @@ def test_real_sizes(device, shape):
 
 
 COMPILE = """
-import os, re, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fp8_recipes.kernels.rmsnorm_add import _rmsnorm_add_backward_kernel, _rmsnorm_add_kernel, backward_plan, row_options
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+from machine_code import show
 types = dict(rstd_ptr="*fp32", partial_ptr="*fp32", rows="i32", cols="i32", eps="fp32")
 for cols in (2048, 4096, 5120, 6144, 7168, 8192, 16384):
     for kernel, constants in ((_rmsnorm_add_kernel, row_options(cols)), (_rmsnorm_add_backward_kernel, backward_plan(8192, cols)[1])):
         options = {k: v for k, v in constants.items() if k in ("num_warps", "maxnreg")}
         constants = {k: v for k, v in constants.items() if k not in options}
-        signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in kernel.arg_names}
-        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants and n != "eps"}
-        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
-        open(path, "wb").write(compiled.asm["cubin"])
-        read = lambda *command: subprocess.run([os.path.join(tools, command[0]), *command[1:], path], capture_output=True, text=True, check=True).stdout
-        registers = re.search(r"REG:(\\d+)", read("cuobjdump", "--dump-resource-usage")).group(1)
-        print("KERNEL", int("maxnreg" in options), cols, options["num_warps"], constants["PIECES"], registers)
-        print(read("nvdisasm", "-c"))
+        show(kernel, types, constants, options, "*bf16", name=kernel.__name__, cols=cols, warps=options["num_warps"], pieces=constants["PIECES"])
 """
 
 
@@ -178,19 +165,14 @@ for cols in (2048, 4096, 5120, 6144, 7168, 8192, 16384):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_machine_code_keeps_rows_in_flight():
     """Compiled for sm_90, which needs no GPU: every load of a row before the sum waits, no spills, and rows enough on a multiprocessor to fill the memory."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 14
-    for listing in listings:
-        name, *lines = listing.splitlines()
-        backward, cols, warps, pieces, registers = (int(word) for word in name.split())
-        name = f"{'backward' if backward else 'forward'} {cols}"
+    found = listings(COMPILE)
+    assert len(found) == 14
+    for kernel, lines in found:
+        cols, warps, pieces, registers = (kernel[key] for key in ("cols", "warps", "pieces", "registers"))
         wait = next(i for i, line in enumerate(lines) if "BAR.SYNC" in line or "STG" in line)
         loads = [i for i, line in enumerate(lines) if "LDG.E" in line and ".128" in line]
-        assert len([i for i in loads if i < wait]) >= 2 * pieces, f"{name}: a row is not in flight as a whole when the sum starts"
-        assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills"
-        assert len([line for line in lines if "STG.E.128" in line]) >= pieces, f"{name}: narrow stores"
+        assert len([i for i in loads if i < wait]) >= 2 * pieces, f"{kernel}: a row is not in flight as a whole when the sum starts"
+        assert not spills(lines), kernel
+        assert len([line for line in lines if "STG.E.128" in line]) >= pieces, f"{kernel}: narrow stores"
         rows = min(65536 // (-(-registers // 8) * 256 * warps), 64 // warps, 32)
-        assert rows * 4 * cols >= (56 << 10), f"{name}: {rows} rows on a multiprocessor"
+        assert rows * 4 * cols >= (56 << 10), f"{kernel}: {rows} rows on a multiprocessor"
