@@ -3,12 +3,12 @@
 #
 #   scripts/bench_megatron.sh OUT_DIR [RECIPE...]
 #   MODEL=dense_8l_7b STEPS=10 GPUS=1 scripts/bench_megatron.sh out bf16 tensorwise delayed blockwise moss
-#   MODEL=moe_6l_v2lite ROUNDS=2 scripts/bench_megatron.sh out "bf16@32 --moe-router-fusion" blockwise "fp8_flow_moe --moe-router-fusion"
+#   MODEL=moe_6l_v2lite ROUNDS=2 scripts/bench_megatron.sh out "CUDA_DEVICE_MAX_CONNECTIONS=32 bf16 --moe-router-fusion" blockwise "fp8_flow_moe --moe-router-fusion"
 #
 # MODEL+RECIPE takes that model instead of $MODEL, so that architectures of one geometry meet in one job: llama3_8l_8b+bf16 fog_8l_8b+fog.
-# RECIPE@N sets CUDA_DEVICE_MAX_CONNECTIONS=N for that run (default 1). ROUNDS=2 runs the whole list twice, one recipe after the other each time; a recipe
-# named twice runs twice.
-# "RECIPE FLAGS", one argument, gives that run Megatron flags of its own; the table names the run by both. EXTRA: Megatron flags of every run.
+# ROUNDS=2 runs the whole list twice, one recipe after the other each time; a recipe named twice runs twice.
+# "NAME=VALUE ... RECIPE FLAGS", one argument, gives that run environment and Megatron flags of its own; the table names the run by all of it.
+# EXTRA: Megatron flags of every run.
 # WARMUP (3): iterations left out at the start. PERIOD (1): iterations between two that do more work (metrics), whose cost the median alone would hide.
 # The first run is the baseline and has to end well; a later one that does not is reported, the others go on, and the script ends with its status.
 # Writes OUT_DIR/RECIPE.log (RECIPE.2.log, ... for later rounds), OUT_DIR/speed.csv and prints the table.
@@ -33,15 +33,18 @@ while [[ $# -gt 0 ]]; do
   name=$1 round=$2
   shift 2
   read -r -a words <<<"$name"
-  recipe=${words[0]} flags=("${words[@]:1}")
+  own=()
+  while [[ ${words[0]} =~ ^[A-Z][A-Z0-9_]*= ]]; do
+    own+=("${words[0]}")
+    words=("${words[@]:1}")
+  done
+  spec=${words[0]:?"bench_megatron.sh: no recipe in '$name'"} flags=("${words[@]:1}")
   [[ $round -gt 1 ]] && name="$name.$round"
   log="$out/${name//[:,=\/ ]/_}.log"
-  connections=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  [[ $recipe == *@* ]] && connections=${recipe##*@}
   echo "== $name -> $log"
-  status=0 spec=${recipe%@*} model=${MODEL:-dense_8l_7b}
+  status=0 model=${MODEL:-dense_8l_7b}
   [[ $spec == *+* ]] && model=${spec%%+*} spec=${spec#*+}
-  CUDA_DEVICE_MAX_CONNECTIONS=$connections "$here/launch.sh" --model "$model" --recipe "$spec" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" \
+  env "${own[@]}" "$here/launch.sh" --model "$model" --recipe "$spec" --gpus "${GPUS:-1}" --steps "${STEPS:-10}" \
     -- "${extra[@]}" "${flags[@]}" >"$log" 2>&1 || status=$?
   if [[ $status -ne 0 ]]; then
     tail -n 30 "$log" >&2

@@ -3,8 +3,8 @@
     python scripts/bench_moe.py [--check] [--shapes NAME ...] [--recipes SPEC ...] [--ablation] [--profile SHAPE CONTENDER] [--csv DIR] [--rounds N]
 
 Contenders: our recipes (Local dispatch); "torch bf16": permute by sort, torch._grouped_mm, compiled SwiGLU; with TransformerEngine installed, Megatron's
-stock path, "te bf16" and "te blockwise": fused permute, GroupedLinear accumulating into FP32 main_grad, compiled SwiGLU, FP8 weights kept over the
-microbatches of a step. All see the same tokens, routing and weights. A time is that of one microbatch out of four back to back, with whatever the host
+stock path, "te bf16", "te bf16 cutlass" (fprop and dgrad in one launch of TransformerEngine's CUTLASS product) and "te blockwise": fused permute,
+GroupedLinear accumulating into FP32 main_grad, compiled SwiGLU, FP8 weights kept over the microbatches of a step. All see the same tokens, routing and weights. A time is that of one microbatch out of four back to back, with whatever the host
 costs; memory is the peak of one forward and backward above what the layer holds at rest (for torch its bf16 weight gradients count, for the others
 main_grad is there before).
 
@@ -188,7 +188,7 @@ def timed(contenders: list[Contender], rows: Rows, rounds: int) -> None:
 
 def bench(name: str, recipes: list[str], rounds: int) -> tuple[Rows, int]:
     problem = Problem(name)
-    names = ["torch bf16", *(["te bf16", "te blockwise"] if HAVE_TE else []), *recipes]
+    names = ["torch bf16", *(["te bf16", "te bf16 cutlass", "te blockwise"] if HAVE_TE else []), *recipes]
     contenders = [make(problem, n) for n in names]
     print(f"{name}: {problem.tokens} tokens, top {problem.k} of {problem.experts}, hidden {problem.hidden}, ffn {problem.ffn}")
     rows, failures = checked(contenders, FLOORS)

@@ -35,6 +35,8 @@ FUSED_LOSS = "--cross-entropy-loss-fusion"
 NO_WAITS = "--no-check-for-nan-in-loss-and-grad --rerun-mode disabled"
 """Without it the host waits for the loss of every microbatch, and the GPU then for the host: for every recipe's speed."""
 FUSED_ROUTER = "--moe-router-fusion"
+FAST_EXPERTS = "CUDA_DEVICE_MAX_CONNECTIONS=32 NVTE_USE_CUTLASS_GROUPED_GEMM=1"
+"""What makes stock bf16 experts fastest: more hardware queues, and TransformerEngine's grouped product in one launch where it has one (fprop and dgrad)."""
 WATCHED = "--fp8-metrics-log /dev/null --fp8-metrics-interval"
 WORDS = "VOCAB=32000 TEXT_MB=450"
 """Of a loss run: a vocabulary of real size, for the head."""
@@ -141,8 +143,8 @@ PARTS = [
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
     speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS} {NO_WAITS}"',
-          f'"bf16@32 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" blockwise tensorwise '
-          f'"fp8_flow_moe {FUSED_ROUTER}" "bf16@32 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
+          f'"{FAST_EXPERTS} bf16 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" "CUDA_DEVICE_MAX_CONNECTIONS=32 bf16 {FUSED_ROUTER}" blockwise tensorwise '
+          f'"fp8_flow_moe {FUSED_ROUTER}" "{FAST_EXPERTS} bf16 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
     # 22 of an 8B's 32 layers: as many as fit beside Adam's states in every one of these, with room for the allocator. The logs say which attention ran.
     speed("fog-speed", 8, f'STEPS=8 NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 EXTRA="--num-layers 22 {FUSED_LOSS} {NO_WAITS}"',
           "llama3_8l_8b+bf16 fog_8l_8b+fog llama3_8l_8b+delayed fog_max_8l_8b+fog fog_8l_8b+moss:attention=fp8 "
@@ -164,7 +166,7 @@ PARTS = [
     script("fog-parts", 3, "scripts/bench_fog.py --csv OUT", "fog_bench.csv"),
     script("metrics", 2, "scripts/bench_metrics.py --csv OUT", "metrics_bench.csv"),
     loss("loss-dense", 12, f'START=300 {WORDS} EXTRA="--micro-batch-size 32 {FUSED_LOSS}"', "bf16 moss tensorwise", "loss_gpt_104m_words"),
-    loss("loss-moe", 12, f'STEPS=765 START=300 {WORDS} MODEL=moe_300m CUDA_DEVICE_MAX_CONNECTIONS=32 EXTRA="--micro-batch-size 64 {FUSED_LOSS} {FUSED_ROUTER}"',
+    loss("loss-moe", 12, f'STEPS=765 START=300 {WORDS} MODEL=moe_300m {FAST_EXPERTS} EXTRA="--micro-batch-size 64 {FUSED_LOSS} {FUSED_ROUTER}"',
          "bf16 fp8_flow_moe", "loss_moe_300m_words"),
     # Bytes: the head of these stays in bf16, so that nothing but blocks is judged, and nearly all of the time is theirs. 765 steps are 100.3 M tokens.
     loss("loss-fog-flash", 9, f"{BLOCKS} START=300 MODEL=fog_150m", "bf16 fog", "loss_fog_150m_common_start"),

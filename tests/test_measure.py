@@ -101,7 +101,7 @@ def test_changed_tables_have_the_columns_of_the_documents(measure):
     shares = {"copy (3 bytes)": ("9", "1.0"), "quantize row": ("10.04", "0.917"), "TE cast": ("12", "")}
     kernels = [row(("shape", "op", "us", "of_copy"), "8x4", name, *one) for name, one in shares.items()]
     kernels.append(row(("shape", "op", "us", "of_copy"), "host", "x", "1", ""))
-    speed = [dict.fromkeys(SPEED, "1") | {"recipe": name} for name in ("bf16@32", "moss --x 1.5", "bf16@32.2", "moss --x 1.5.2")]
+    speed = [dict.fromkeys(SPEED, "1") | {"recipe": name} for name in ("X=32 bf16", "moss --x 1.5", "X=32 bf16.2", "moss --x 1.5.2")]
     results = {"gemm.csv": measure.side_by_side(bench), "kernels.csv": measure.at_defaults(kernels)}
     results |= {name: measure.in_order([dict(r) for r in speed]) for name in ("megatron_dense_8l_7b.csv", "megatron_moe_6l_v2lite.csv")}
     models = [dict.fromkeys(SPEED, "1") | {"recipe": name} for name in ("llama3_8l_8b+bf16", "fog_8l_8b+fog", "fog_8l_8b+fog.2")]
@@ -114,7 +114,7 @@ def test_changed_tables_have_the_columns_of_the_documents(measure):
     }]  # fmt: skip
     assert [(r["operation"], r["us"], r["percent_of_copy"]) for r in results["kernels.csv"]] == [("quantize row", "10.0", "92"), ("TE cast", "12.0", "")]
     assert [(r["order"], r["recipe"]) for r in results["megatron_dense_8l_7b.csv"]] == [
-        ("1", "bf16@32"), ("2", "moss --x 1.5"), ("3", "bf16@32"), ("4", "moss --x 1.5"),
+        ("1", "X=32 bf16"), ("2", "moss --x 1.5"), ("3", "X=32 bf16"), ("4", "moss --x 1.5"),
     ]  # fmt: skip
     assert [(r["model"], r["recipe"]) for r in results["megatron_fog_8b.csv"]] == [("llama3_8l_8b", "bf16"), ("fog_8l_8b", "fog"), ("fog_8l_8b", "fog")]
 
