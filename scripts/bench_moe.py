@@ -4,7 +4,8 @@
 
 Contenders: our recipes (Local dispatch); "torch bf16": permute by sort, torch._grouped_mm, compiled SwiGLU; with TransformerEngine installed, Megatron's
 stock path, "te bf16", "te bf16 cutlass" (fprop and dgrad in one launch of TransformerEngine's CUTLASS product) and "te blockwise": fused permute,
-GroupedLinear accumulating into FP32 main_grad, compiled SwiGLU, FP8 weights kept over the microbatches of a step. All see the same tokens, routing and weights. A time is that of one microbatch out of four back to back, with whatever the host
+GroupedLinear accumulating into FP32 main_grad, compiled SwiGLU, FP8 weights kept over the
+microbatches of a step. All see the same tokens, routing and weights. A time is that of one microbatch out of four back to back, with whatever the host
 costs; memory is the peak of one forward and backward above what the layer holds at rest (for torch its bf16 weight gradients count, for the others
 main_grad is there before).
 
