@@ -10,9 +10,8 @@ tiles of a program, in which only the branch that starts a tile differs. Which t
 is written, or added to, by one program in a fixed order: two runs give the same bits.
 
 Promotion in wgrad: a group is a dozen K blocks long, so the epilogue is not rare, and a second accumulator for promotion, which a 128 x 256 tile has no
-registers for, would be spilled at every tile. Where the result is added into fp32 (main_grad) the total is therefore kept there: after `promote` rows of a long
-group the tile is added to main_grad and starts again from zero. Short groups, the common case, run as if there were no promotion. Any other result that asks
-for promotion takes the smaller tile of `grouped_promoted`.
+registers for, is spilled at every tile. Where the result is added into fp32 (main_grad) the total is therefore kept there: after `promote` rows of a long group
+the tile is added to main_grad and starts again from zero. Short groups, the common case, run as if there were no promotion.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from .common import INTERPRETED, cdiv, check_device, fetch, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import GroupedConfig, adding, promoting, select_config, storing
-from .grouped_promoted import PROMOTED, promoted_wgrad
+from .grouped_configs import SMALL, GroupedConfig, adding, promoting, select_config, storing
 from .launch import launch, matrix_descriptor
 
 
@@ -151,7 +149,8 @@ def _grouped_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SUBTILES: tl.constexpr,
-    PROMOTE: tl.constexpr,  # K blocks between promotions, which add to out (then ACCUMULATE and fp32); 0 = never
+    PROMOTE: tl.constexpr,
+    IN_OUT: tl.constexpr,  # does promotion add to out (then ACCUMULATE), or to a total in registers?
     STORE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     ORDER: tl.constexpr,  # of the experts in out: 1 ascending, -1 descending, 0 each somewhere
@@ -175,6 +174,8 @@ def _grouped_wgrad_kernel(
     last = 0
     finish = 0  # the block after which the tile is written: the last one, or none
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PROMOTE > 1 and not IN_OUT:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(steps):
         k = tl.where(k == last, 0, k + 1)
         if k == 0:
@@ -195,11 +196,14 @@ def _grouped_wgrad_kernel(
         b = b_desc.load([n0, row + k * BLOCK_K])
         acc = _multiply(a, b, acc, BLOCK_K, PROMOTE)
         write = k == finish
-        if PROMOTE > 1:
+        if IN_OUT:
             write = write | ((k + 1) % PROMOTE == 0)
         if write:
-            if PROMOTE > 1 and STORE == "reduce" and k >= PROMOTE:
-                _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order, as a thread's own do by themselves
+            if IN_OUT:
+                if STORE == "reduce" and k >= PROMOTE:
+                    _wait_for_stores()  # of the last promotion of this tile: additions to an element stay in order, as a thread's own do by themselves
+            elif PROMOTE > 1:
+                acc += total
             feature = m0 + tl.arange(0, BLOCK_M)
             scale_a = tl.load(scale_a_ptr + expert * N + feature, mask=feature < N, other=0.0)
             if ORDER == 0:
@@ -211,6 +215,11 @@ def _grouped_wgrad_kernel(
                 _write(acc, out_desc, out_ptr, scale_a, scale_b_ptr + expert * K, None, place * N + m0, n0, (place + 1) * N, K,
                        BLOCK_M, BLOCK_N, SUBTILES, STORE, ACCUMULATE)  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if PROMOTE > 1 and not IN_OUT:
+                total = acc
+        elif PROMOTE > 1 and not IN_OUT and (k + 1) % PROMOTE == 0:
+            total += acc
+            acc -= acc
 
 
 def _check_operand(payload: torch.Tensor, scale: torch.Tensor, name: str, device: torch.device) -> None:
@@ -343,11 +352,9 @@ def grouped_wgrad(
         raise ValueError(f"out is on {first.device}, the operands are on {device}; keep them together")
     programs = _multiprocessors(device)
     promote = promote if promote < rows else 0
-    if promote > BLOCK_K and not (accumulate and first.dtype == torch.float32):
-        promoted_wgrad(a_t, b_t, offsets, first, order, table, aligned, accumulate, promote, PROMOTED if config is None else config, programs)
-        return out
-    if config is None:
-        config = select_config(experts * n, k, programs)
+    in_out = accumulate and first.dtype == torch.float32 and promote > BLOCK_K
+    if config is None:  # a total in registers beside the accumulator fits the small tile only
+        config = SMALL if promote > BLOCK_K and not in_out else select_config(experts * n, k, programs)
         config = adding(config) if accumulate and first.dtype == torch.float32 else storing(config, first.element_size(), accumulate)
     # A TMA box that crosses an expert's last output row would write into the next expert.
     by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
@@ -378,6 +385,7 @@ def grouped_wgrad(
         GROUP=config.group,
         SUBTILES=config.subtiles,
         PROMOTE=promote // BLOCK_K,
+        IN_OUT=in_out,
         STORE=store,
         ACCUMULATE=accumulate,
         ORDER=order,

@@ -285,20 +285,21 @@ for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=8, STRIDE_B=1, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="atomic", ACCUMULATE=True, out_desc=None)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="atomic", ACCUMULATE=True, out_desc=None)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, out_desc=None)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False)),
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=True)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
-    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
+    (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
 ):
-    in_registers = kernel is _grouped_gemm_kernel and constants["PROMOTE"] > 0
+    in_registers = bool(constants["PROMOTE"] and not constants.get("IN_OUT"))
     adds, out_bytes = constants["ACCUMULATE"], 4 if dtype == "fp32" else 2
     c = adding(WIDE) if adds and out_bytes == 4 else promoting(WIDE) if in_registers else storing(WIDE, out_bytes, adds)
     constants = dict(PROGRAMS=132, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=128, GROUP=c.group, SUBTILES=c.subtiles, **constants)
     if kernel is _grouped_gemm_kernel:
         del constants["ACCUMULATE"]
     else:
-        constants = {"ORDER": 1, "ALIGNED": True, **constants}
+        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
                  out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
@@ -315,7 +316,7 @@ for kernel, dtype, constants in (
 def test_machine_code_streams_products() -> None:
     """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, next to no spills between them and the loop's branch."""
     found = listings(COMPILE)
-    assert len(found) == 8
+    assert len(found) == 9
     for kernel, lines in found:
         assert kernel["shared"] <= 227 * 1024, f"{kernel}: bytes of shared memory a Hopper multiprocessor gives one program"
         products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
