@@ -27,8 +27,8 @@ import gpu_machine
 from gpu_machine import ROOT
 
 CORES_PER_GPU = 16
-PROCESSES_PER_GPU = 12
-"""With 16 cores a GPU; fewer where there are fewer cores. A training keeps one core busy and a few GB of the GPU; so many at once have run."""
+PROCESSES_PER_GPU = 16
+"""With 16 cores a GPU; fewer where there are fewer cores. A training keeps one core busy and a few GB of the GPU."""
 FIRST_PORT = 29600
 COLUMNS = ("group", "result", "command", "commit", "date", "closing_line", "seconds")
 
@@ -77,7 +77,8 @@ SHORT = [
         "tests/kernels", "gpu",
         ("kernels-gelu", 170, "gelu.py and not micro"),
         ("kernels-gelu-micro", 170, "gelu.py and micro"),
-        ("kernels-xielu", 170, "xielu.py"),
+        ("kernels-xielu", 170, "xielu.py and not micro"),
+        ("kernels-xielu-micro", 170, "xielu.py and micro"),
         ("kernels-swiglu", 130, "swiglu.py and not saved"),
         ("kernels-products", 180, "saved or gemm.py or tanh.py"),
         ("kernels-quantize", 110, "quantize.py"),
@@ -206,6 +207,8 @@ class Run:
         options = ["-v", "--tb=short", "--durations=10", "-p", "no:cacheprovider", "--basetemp", str(self.scratch / group.name)]
         port = FIRST_PORT + 10 * [g.name for g in GROUPS].index(group.name)
         environment = {"CUDA_VISIBLE_DEVICES": visible, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+        environment["FP8_RECIPES_TEST_RUNS"] = str(self.scratch)
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or every training keeps a pool of processes for torch.compile beside the others' cores
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         command = [os.environ.get("PYTHON", sys.executable), "-m", "pytest", *group.arguments(self.words), *options]
         print(f"start    {group.name} on GPU {', '.join(taken)}", flush=True)

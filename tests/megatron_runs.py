@@ -5,6 +5,8 @@ The fixtures `workspace` and `train` are in tests/megatron/conftest.py. A module
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import subprocess
 import sys
@@ -28,6 +30,7 @@ Measured on the CPU over 12 steps from three starts (8 experts under --fog flash
 rounding to E4M3 does, bf16 is at worst 10.9, 2.9 and 0.6 % from bf16, and FP8 from the same weights 1.7, 1.9 and 1.0 %; at 3e-4 bf16 is at worst 0.8, 1.1
 and 0.3 %, and FP8 0.5, 0.4 and 0.3 %. (Initial weights drawn in FP32: torch draws bf16 ones on the CPU from too few values, which FP8 sees.)
 """
+SHARED_RUNS = "FP8_RECIPES_TEST_RUNS"
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 Losses = dict[int, float]
 
@@ -47,7 +50,8 @@ def finished(command: list[object], environment: Mapping[str, str], timeout: flo
 class Trainings:
     """trainings("moss", "--flags", gpus=1, model=None) -> (losses by step, text log). A run that was made already is not repeated: the same object comes back.
 
-    workspace: folder with a dataset "text". flags and environment are those of every run.
+    workspace: folder with a dataset "text". flags and environment are those of every run. Where SHARED_RUNS names a folder, as scripts/gpu_tests.py does,
+    pytest processes of one call share their runs through it: baselines above all, which a dozen of them want.
     """
 
     workspace: Path
@@ -59,13 +63,23 @@ class Trainings:
     def __call__(self, recipe: str, flags: str = "", gpus: int = 1, model: str | None = None) -> tuple[Losses, str]:
         key = (recipe, " ".join(flags.split()), gpus, model or self.model)
         if key not in self.done:
-            log = self.workspace / f"{len(self.done)}.jsonl"
-            command: list[object] = [ROOT / "scripts" / "launch.sh", "--model", key[3], "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", log]
-            command += ["--data", self.workspace / "text", "--", "--data-cache-path", self.workspace / "cache", *self.flags.split(), *flags.split()]
-            log.unlink(missing_ok=True)  # of a run that failed: a log is appended to
-            text = finished(command, self.environment, timeout=600)
-            self.done[key] = read_losses(log), text
+            all_of_it = repr((key, self.flags.split(), sorted(self.environment.items())))
+            run = Path(os.environ.get(SHARED_RUNS, self.workspace)) / hashlib.sha256(all_of_it.encode()).hexdigest()[:16]
+            with run.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits for the first one's result
+                if not run.with_suffix(".log").exists():
+                    self.train(key, run)
+            self.done[key] = read_losses(run.with_suffix(".jsonl")), run.with_suffix(".log").read_text()
         return self.done[key]
+
+    def train(self, key: tuple[str, str, int, str], run: Path) -> None:
+        """Leaves run.jsonl and, if it ended well, run.log."""
+        recipe, flags, gpus, model = key
+        losses = run.with_suffix(".jsonl")
+        command: list[object] = [ROOT / "scripts" / "launch.sh", "--model", model, "--recipe", recipe, "--gpus", gpus, "--steps", STEPS, "--log", losses]
+        command += ["--data", self.workspace / "text", "--", "--data-cache-path", self.workspace / "cache", *self.flags.split(), *flags.split()]
+        losses.unlink(missing_ok=True)  # of a run that failed: a log is appended to
+        run.with_suffix(".log").write_text(finished(command, self.environment, timeout=600))
 
 
 def assert_within(losses: Losses, reference: Losses) -> None:

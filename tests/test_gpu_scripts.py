@@ -91,7 +91,7 @@ def test_dry_run_on_two_gpus_plans_every_group_cheap_ones_first(gpu_tests):
     assert {row[2] for row in rows} == {g.name for g in gpu_tests.GROUPS}
     assert [row[2] for row in rows[: len(gpu_tests.SHORT)]] == [g.name for g in gpu_tests.SHORT]
     beside = [sum(int(s) <= int(at) < int(s) + int(length) for s, length, *_ in rows) for at, *_ in rows]
-    assert max(beside) <= 24 and "up to 12 processes a GPU" in result.stdout
+    assert max(beside) <= 32 and "up to 16 processes a GPU" in result.stdout
     assert all(len(row[3].split()) == (2 if "multi_gpu" in row[4] else 1) for row in rows)
 
 

@@ -65,6 +65,18 @@ def test_a_training_that_fails_says_why_and_leaves_nothing_behind(train):
     assert train.done == {} and len(train("moss")[0]) == STEPS
 
 
+def test_processes_of_one_call_share_their_runs(tmp_path, python, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("FP8_RECIPES_TEST_RUNS", str(shared))
+    first, second = (Trainings(tmp_path / name, "tiny", environment={"PYTHON": python}) for name in ("a", "b"))
+    losses, log = first("bf16")
+    assert str(tmp_path / "a") in log and second("bf16") == (losses, log), "the run of the first, whose data lies in a"
+    assert str(tmp_path / "b") in second("moss")[1]
+    assert str(tmp_path / "b") in Trainings(tmp_path / "b", "tiny", environment={"PYTHON": python, "DRIFT": "1"})("bf16")[1], "another environment"
+    assert len(list(shared.glob("*.log"))) == 3
+
+
 def test_losses_must_be_near_fall_and_be_of_another_run():
     falling = {n: 6 / (1 + n / 10) for n in range(1, STEPS + 1)}
     flat = dict.fromkeys(falling, 2.0)
