@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 from importlib import import_module
@@ -14,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from assertions import assert_bitwise, assert_nearly_bitwise
+from machine_code import listings, spills
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.reference.qkv import LARGEST_ANGLE
@@ -204,26 +203,16 @@ def test_real_sizes(device, shape):
 
 
 COMPILE = """
-import os, re, subprocess, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from fp8_recipes.kernels import qkv
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+from machine_code import show
 types = dict(angle_ptr="*fp32", alpha_gradient_ptr="*fp32", pairs="i32", pairs_of_position="i32", angle_stride="i32")
 for heads, head in ((4, 128), (1, 64), (8, 128), (32, 128)):
     for kernel, at_once in ((qkv._qkv_kernel, qkv.FORWARD), (qkv._qkv_backward_kernel, qkv.BACKWARD)):
         constants = dict(qkv.options(heads, head, at_once))
-        warps = constants.pop("num_warps")
-        signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in kernel.arg_names}
-        attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants and n != "pairs_of_position"}
-        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-        path = os.path.join(tempfile.mkdtemp(), "kernel.cubin")
-        open(path, "wb").write(compiled.asm["cubin"])
-        read = lambda *command: subprocess.run([os.path.join(tools, command[0]), *command[1:], path], capture_output=True, text=True, check=True).stdout
-        registers = re.search(r"REG:(\\d+)", read("cuobjdump", "--dump-resource-usage")).group(1)
-        print("KERNEL", int(kernel is qkv._qkv_backward_kernel), heads, head, constants["AT_ONCE"], registers)
-        print(read("nvdisasm", "-c"))
+        options = {"num_warps": constants.pop("num_warps")}
+        multiples = [n for n in kernel.arg_names if n != "pairs_of_position"]
+        facts = dict(backward=kernel is qkv._qkv_backward_kernel, heads=heads, head=head, at_once=constants["AT_ONCE"])
+        show(kernel, types, constants, options, "*bf16", multiples, **facts)
 """
 
 
@@ -231,20 +220,15 @@ for heads, head in ((4, 128), (1, 64), (8, 128), (32, 128)):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_machine_code_keeps_loads_in_flight():
     """Compiled for sm_90, which needs no GPU: all loads of a round before its first store, 16 bytes each, no spills, bytes enough on a multiprocessor."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    listings = done.stdout.split("KERNEL ")[1:]
-    assert len(listings) == 8
-    for listing in listings:
-        name, *lines = listing.splitlines()
-        backward, heads, head, at_once, registers = (int(word) for word in name.split())
-        name = f"{'backward' if backward else 'forward'}, {heads} heads of {head}"
+    found = listings(COMPILE)
+    assert len(found) == 8
+    for kernel, lines in found:
+        at_once, registers = kernel["at_once"], kernel["registers"]
         loads = [i for i, line in enumerate(lines) if "LDG.E" in line and ".128" in line]
         store = next(i for i, line in enumerate(lines) if "STG" in line)
-        wanted = 4 * at_once + 6 if backward else 2 * at_once + 4  # of heads, and of key and value or their gradients and the key
-        assert len([i for i in loads if i < store]) >= wanted, f"{name}: loads wait for stores"
-        assert not [line for line in lines if "LDL" in line or "STL" in line], f"{name}: spills"
-        assert len([line for line in lines if "STG.E.128" in line]) >= 2 * at_once + 4, f"{name}: narrow stores"
+        wanted = 4 * at_once + 6 if kernel["backward"] else 2 * at_once + 4  # of heads, and of key and value or their gradients and the key
+        assert len([i for i in loads if i < store]) >= wanted, f"{kernel}: loads wait for stores"
+        assert not spills(lines), kernel
+        assert len([line for line in lines if "STG.E.128" in line]) >= 2 * at_once + 4, f"{kernel}: narrow stores"
         programs = 65536 // (-(-registers // 8) * 8 * 128)
-        assert programs * 128 * 16 * wanted >= (64 << 10), f"{name}: {programs} programs on a multiprocessor"
+        assert programs * 128 * 16 * wanted >= (64 << 10), f"{kernel}: {programs} programs on a multiprocessor"
