@@ -145,6 +145,11 @@ def moments(x: torch.Tensor | None, q: ScaledTensor | None = None, **kwargs: Any
     return _backend(source).moments(x, q, **kwargs)
 
 
+def moment_parts(device: torch.device) -> int:
+    """Parts that ``out`` of `moments` should have on ``device``."""
+    return _kernels().MOMENT_PARTS if device.type == "cuda" else 1
+
+
 def gelu_quantize(h: torch.Tensor | ScaledTensor, *args: Any, **kwargs: Any) -> ScaledTensor:
     return _backend(h).gelu_quantize(h, *args, **kwargs)
 
@@ -255,6 +260,7 @@ __all__ = [
     "grouped_wgrad",
     "grouped_wgrad_exact",
     "measure_experts",
+    "moment_parts",
     "moments",
     "pack_rows",
     "qkv_tanh_rotary",

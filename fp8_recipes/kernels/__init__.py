@@ -11,7 +11,7 @@ from .fold_transpose import fold_transpose
 from .gemm import gemm
 from .grouped_gemm import grouped_gemm, grouped_wgrad
 from .grouped_transpose import grouped_fold_transpose
-from .moments import moments
+from .moments import MOMENT_PARTS, moments
 from .permute import combine_rows, gather_rows, route_map
 from .qkv import qkv_tanh_rotary, qkv_tanh_rotary_backward
 from .quantize import fold, quantize, quantize_weight
@@ -31,6 +31,7 @@ from .ungated import (
 )
 
 __all__ = [
+    "MOMENT_PARTS",
     "chosen_experts",
     "chosen_experts_backward",
     "combine_rows",

@@ -1,13 +1,15 @@
-"""Moments and FP8 counts of a tensor in one read, added into a row of a table on the device.
+"""Moments and FP8 counts of a tensor in one read, added into rows of a table on the device.
 
-Two launches, no atomics: every program walks over rows of its own and writes its sums; one small program adds those in a fixed order to what the table
-holds. So the same tensors in the same order give the same bits.
+One launch, no atomics: every program walks over rows of its own and adds what it finds to a row of its own of the table, so the same tensors in the same order
+give the same bits. (Where fold flushes are counted, a launch before it finds the targets of the fold from the tile exponents, 1/128 of the data.)
 
-A row's x^4 must not leave fp32: the sums of a row are kept relative to the power of two of the largest element so far and moved when a larger one comes,
-as an online softmax does with its maximum. Sums over rows are fp64, one addition per row.
+A row's x^4 must not leave fp32, so a row is taken relative to a power of two: that of its scale, or 1 where it has none. Nothing else is done for what hardly
+ever happens. A row whose largest value then lies far from 1, or that holds NaN, Inf or a value above what its scale can hold, is read again with more care.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,41 +17,99 @@ import triton.language as tl
 
 from .. import reference
 from ..formats import E4M3, Format
-from ..reference.moments import FIELDS, NO_EXPONENT, SUMS, WIDTH, check_moments, neutral
+from ..reference.moments import NO_EXPONENT, WIDTH, check_moments, joined, neutral
 from ..tensor import ScaledTensor
-from . import common
-from .common import check_device, check_payload, decode, finite_or_nan, is_e5m2, pow2, to_fp32
+from .common import cdiv, check_device, check_payload, is_e5m2, next_power_of_2, pow2
 from .launch import launch
+from .moment_rows import bits_exponent, exponent_of, is_plain, read_rows
 
-PROGRAMS = 16 * 132
-"""Sixteen for each multiprocessor: few registers, no barriers, many loads in flight."""
-BLOCK = 1024
-"""Columns read at a time; the packed counts allow up to 16384."""
-WARPS = 1
-"""One warp reduces by shuffles alone. scripts/bench_metrics.py sweeps all three."""
-_USED = tl.constexpr(len(FIELDS))
-_SUMS = tl.constexpr(SUMS)
-_WIDTH = tl.constexpr(WIDTH)
+ROWS = 8
+"""Rows that a program reads at a time, one for each of its warps."""
+REGISTERS = 80
+"""Three programs of 256 threads fit on a multiprocessor. What this limit puts into memory is used once in a group of rows."""
+MOMENT_PARTS = 3 * 132
+"""Programs, if they all have rows. scripts/bench_metrics.py sweeps the three."""
 _NO_EXPONENT = tl.constexpr(NO_EXPONENT)
+_WIDTH = tl.constexpr(WIDTH)
+TARGET_ROWS, TARGET_TILES = 64, 128
+"""Tile exponents that a program of the launch before takes."""
+
+
+class _Sums(NamedTuple):
+    """What a program has found so far, one number for each row that it reads at a time."""
+
+    tokens: Any
+    kurtosis: Any
+    elements: Any
+    sum2: Any
+    sum4: Any
+    nonfinite: Any
+    nonzero: Any
+    flushed: Any
+    saturated: Any
+    fold_flushed: Any
+    amax: Any
+    high: Any
+    low: Any
 
 
 @triton.jit
-def _exponent_of(v):
-    """Exponent field of a non-negative fp32 number, at least -126 and at most 126 so that its inverse is normal too."""
-    return tl.minimum(tl.maximum((v.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
+def _add_rows(sums, r, row2, row4, valid, cols, exponent, X: tl.constexpr, PAYLOAD: tl.constexpr, SCALE: tl.constexpr, ROW_SUMS: tl.constexpr):
+    """``sums`` and what was read in ``r``. row2, row4: sums of a row in fp64; exponent: of its scale."""
+    alive = valid & (r.codes > r.nonfinite if PAYLOAD else r.nonzero > 0)
+    counts = valid & (r.s2 > 0.0)
+    s2 = tl.where(counts, r.s2, 1.0)
+    kurtosis = tl.where(counts, cols * (r.s4 / s2 / s2), 0.0).to(tl.float64)
+    if X:
+        nonzero = tl.where(valid, r.nonzero, 0)
+        flushed = tl.where(valid, r.nonzero + r.nonfinite - r.codes if PAYLOAD else r.lost, 0)
+    else:  # without x, a row of zero payloads says nothing about flushes
+        nonzero = tl.where(alive, cols - r.nonfinite, 0)
+        flushed = tl.where(alive, cols - r.codes, 0)
+    return _Sums(
+        sums.tokens if ROW_SUMS else sums.tokens + counts.to(tl.int32),
+        sums.kurtosis if ROW_SUMS else sums.kurtosis + kurtosis,
+        sums.elements + tl.where(valid, cols, 0),
+        sums.sum2 + tl.where(valid, row2, 0.0),
+        sums.sum4 + tl.where(valid, row4, 0.0),
+        sums.nonfinite + tl.where(valid, r.nonfinite, 0),
+        sums.nonzero + nonzero if SCALE else sums.nonzero,
+        sums.flushed + flushed if SCALE else sums.flushed,
+        sums.saturated + tl.where(valid, r.above, 0),
+        sums.fold_flushed + tl.where(valid, r.codes - r.kept, 0),
+        tl.maximum(sums.amax, tl.where(valid, r.largest, 0.0)),
+        tl.maximum(sums.high, tl.where(alive, exponent, _NO_EXPONENT)) if SCALE else sums.high,
+        tl.maximum(sums.low, tl.where(alive, -exponent, _NO_EXPONENT)) if SCALE else sums.low,
+    )
 
 
 @triton.jit
-def _row_sums(s2, s4, exponent, v):
-    """Add the finite values ``v`` to sums held relative to 2**exponent; returns (s2, s4, exponent, largest |v|)."""
-    largest = tl.max(tl.abs(v), axis=0)
-    new = tl.maximum(exponent, _exponent_of(largest))
-    factor = pow2(tl.maximum(exponent - new, -126))
-    square = v * pow2(-new)
-    square = square * square
-    s2 = s2 * (factor * factor) + tl.sum(square, axis=0)
-    s4 = s4 * (factor * factor) * (factor * factor) + tl.sum(square * square, axis=0)
-    return s2, s4, new, largest
+def _add(ptr, numbers):
+    tl.store(ptr, tl.load(ptr) + tl.sum(numbers, axis=0).to(tl.float64))
+
+
+@triton.jit
+def _raise(ptr, numbers):
+    tl.store(ptr, tl.maximum(tl.load(ptr), tl.max(numbers, axis=0).to(tl.float64)))
+
+
+@triton.jit
+def _add_to_table(out_ptr, sums, SCALE: tl.constexpr):
+    """Into a row of the table: `FIELDS` in their order, those about FP8 where there is a scale."""
+    _add(out_ptr + 0, sums.tokens)
+    _add(out_ptr + 1, sums.kurtosis)
+    _add(out_ptr + 2, sums.elements)
+    _add(out_ptr + 3, sums.sum2)
+    _add(out_ptr + 4, sums.sum4)
+    _add(out_ptr + 5, sums.nonfinite)
+    _raise(out_ptr + 10, sums.amax)
+    if SCALE:
+        _add(out_ptr + 6, sums.nonzero)
+        _add(out_ptr + 7, sums.flushed)
+        _add(out_ptr + 8, sums.saturated)
+        _add(out_ptr + 9, sums.fold_flushed)
+        _raise(out_ptr + 11, sums.high)
+        _raise(out_ptr + 12, sums.low)
 
 
 @triton.jit
@@ -58,7 +118,8 @@ def _moments_kernel(
     payload_ptr,
     scale_ptr,
     target_ptr,
-    partial_ptr,
+    source_ptr,
+    out_ptr,
     row_sum_ptr,
     rows,
     cols,
@@ -67,112 +128,83 @@ def _moments_kernel(
     PAYLOAD: tl.constexpr,
     SCALE: tl.constexpr,
     FOLD: tl.constexpr,
+    SOURCE: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     E5M2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program takes every num_programs-th row. X: there is a source. PAYLOAD: there is a payload. SCALE: there is a scale (always with a payload).
-    FOLD: target_ptr holds the E8M0 byte of every 128 columns. ROW_SUMS: write the rows' sums and no kurtosis."""
-    format_max: tl.constexpr = 57344.0 if E5M2 else 448.0
-    half_subnormal: tl.constexpr = 2.0**-17 if E5M2 else 2.0**-10
-    zero = tl.full((), 0.0, tl.float64)
-    tokens, kurtosis, sum2, sum4 = zero, zero, zero, zero
-    none = tl.full((), 0, tl.int64)
-    nonfinite, nonzero, flushed, saturated, fold_flushed = none, none, none, none, none
-    amax = tl.full((), 0.0, tl.float32)
-    high = tl.full((), _NO_EXPONENT, tl.int32)
-    low = high
-    for row_index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = none + row_index
-        if SCALE:
-            scale = tl.load(scale_ptr + row * scale_stride)
-            row_exponent = (scale.to(tl.int32, bitcast=True) >> 23) - 127
-        s2, s4, row_amax = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-        exponent = tl.full((), -126, tl.int32)
-        row_nonzero, row_flushed = none, none
-        for first in range(0, cols, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            mask = column < cols
-            if PAYLOAD:
-                code = tl.load(payload_ptr + row * cols + column, mask=mask, other=0)
-                p = decode(code, E5M2)
-            v = finite_or_nan(to_fp32(tl.load(x_ptr + row * cols + column, mask=mask, other=0.0))) if X else p
-            finite = v == v
-            v = tl.where(finite, v, 0.0)
-            s2, s4, exponent, largest = _row_sums(s2, s4, exponent, v)
-            row_amax = tl.maximum(row_amax, largest)
-            counted = finite & mask & (v != 0.0) if X else finite & mask
-            counts = tl.sum((~finite & mask).to(tl.int32) | (counted.to(tl.int32) << 16), axis=0)  # two counts of at most BLOCK in one sum
-            nonfinite += counts & 0xFFFF
-            row_nonzero += counts >> 16
-            if PAYLOAD:
-                lost = counted & (p == 0.0)
-            elif SCALE:
-                lost = counted & (tl.abs(v) <= half_subnormal * scale)
-            if SCALE:
-                above = tl.abs(v) > format_max * scale if X else lost & False
-                counts = tl.sum(lost.to(tl.int32) | (above.to(tl.int32) << 16), axis=0)
-                row_flushed += counts & 0xFFFF
-                saturated += counts >> 16
-            if FOLD:
-                target = tl.load(target_ptr + column // 128, mask=mask, other=127).to(tl.int32) - 127
-                shift = tl.minimum(tl.maximum(row_exponent - target, -126), 127)
-                gone = (tl.abs(p) > 0.0) & (tl.abs(p) * pow2(shift) <= half_subnormal)
-                fold_flushed += tl.sum(gone.to(tl.int32), axis=0)
-        alive = row_nonzero > row_flushed if PAYLOAD else row_nonzero > 0
-        if X or alive:  # without a source, a row of zero payloads says nothing about flushes
-            nonzero += row_nonzero
-            flushed += row_flushed
-        unit = pow2(exponent).to(tl.float64)
-        if PAYLOAD and not X:  # the sums so far are of payloads
-            unit *= scale.to(tl.float64)
-            row_amax *= scale
-        unit *= unit
-        amax = tl.maximum(amax, row_amax)
-        row2, row4 = s2.to(tl.float64) * unit, s4.to(tl.float64) * unit * unit
-        sum2 += row2
-        sum4 += row4
+    """One program takes every num_programs-th group of ROWS rows. X: there is an x. PAYLOAD: there is a payload (int32 words). SCALE: there is a scale (always
+    with a payload). FOLD: target_ptr holds the E8M0 byte of every 128 columns (int32). SOURCE: rows with a negative source do not count. ROW_SUMS: write the
+    rows' sums and no kurtosis."""
+    number = tl.zeros((ROWS,), tl.float64)
+    none = tl.zeros((ROWS,), tl.int32)
+    lowest = none + _NO_EXPONENT
+    sums = _Sums(none, number, none, number, number, none, none, none, none, none, tl.zeros((ROWS,), tl.float32), lowest, lowest)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        index = first + tl.arange(0, ROWS)
+        row = tl.minimum(index, rows - 1).to(tl.int64)  # the last row again, which then does not count
+        valid = index < rows
+        if SOURCE:
+            valid = valid & (tl.load(source_ptr + row) >= 0)
+        scale = tl.load(scale_ptr + row * scale_stride) if SCALE else tl.full((ROWS,), 1.0, tl.float32)
+        exponent = exponent_of(scale)
+        r = read_rows(x_ptr, payload_ptr, target_ptr, row, cols, exponent, scale, X, PAYLOAD, SCALE, FOLD, E5M2, False)
+        again = tl.max((valid & ~is_plain(r, exponent, scale, X, SCALE, E5M2)).to(tl.int32), axis=0)
+        for second in range(2 * again):  # the first time for the largest finite value, the second relative to it
+            if X and second:
+                exponent = exponent_of(r.largest)
+            r = read_rows(x_ptr, payload_ptr, target_ptr, row, cols, exponent, scale, X, PAYLOAD, SCALE, FOLD, E5M2, True)
+        unit = (pow2(exponent) if X else scale).to(tl.float64)
+        square = unit * unit
+        row2, row4 = r.s2.to(tl.float64) * square, r.s4.to(tl.float64) * (square * square)
+        sums = _add_rows(sums, r, row2, row4, valid, cols, bits_exponent(scale), X, PAYLOAD, SCALE, ROW_SUMS)
         if ROW_SUMS:
-            tl.store(row_sum_ptr + row * 2, row2)
-            tl.store(row_sum_ptr + row * 2 + 1, row4)
-        elif s2 > 0.0:
-            tokens += 1.0
-            kurtosis += cols * (s4.to(tl.float64) / (s2.to(tl.float64) * s2.to(tl.float64)))
-        if SCALE and alive:
-            high = tl.maximum(high, row_exponent)
-            low = tl.maximum(low, -row_exponent)
-    partial_ptr += tl.program_id(0) * _WIDTH
-    tl.store(partial_ptr + 0, tokens)
-    tl.store(partial_ptr + 1, kurtosis)
-    tl.store(partial_ptr + 3, sum2)
-    tl.store(partial_ptr + 4, sum4)
-    tl.store(partial_ptr + 5, nonfinite.to(tl.float64))
-    tl.store(partial_ptr + 6, nonzero.to(tl.float64))
-    tl.store(partial_ptr + 7, flushed.to(tl.float64))
-    tl.store(partial_ptr + 8, saturated.to(tl.float64))
-    tl.store(partial_ptr + 9, fold_flushed.to(tl.float64))
-    tl.store(partial_ptr + 10, amax.to(tl.float64))
-    tl.store(partial_ptr + 11, high.to(tl.float64))
-    tl.store(partial_ptr + 12, low.to(tl.float64))
+            tl.store(row_sum_ptr + row * 2, row2, mask=valid)
+            tl.store(row_sum_ptr + row * 2 + 1, row4, mask=valid)
+    _add_to_table(out_ptr + tl.program_id(0) * _WIDTH, sums, SCALE)
 
 
 @triton.jit
-def _add_partials_kernel(partial_ptr, out_ptr, programs, elements, BLOCK: tl.constexpr):
-    """One program: out += the partial results of all programs, BLOCK at a time, in order. ``elements`` is the one field that the host knows."""
-    field = tl.arange(0, _WIDTH)
-    used = (field < _USED) & (field != 2)
-    total = tl.zeros((_WIDTH,), tl.float64)
-    largest = tl.full((_WIDTH,), -float("inf"), tl.float64)
-    for first in range(0, programs, BLOCK):
-        program = first + tl.arange(0, BLOCK)
-        valid = (program < programs)[:, None] & used[None, :]
-        value = tl.load(partial_ptr + program[:, None] * _WIDTH + field[None, :], mask=valid, other=0.0)
-        total += tl.sum(value, axis=0)
-        largest = tl.maximum(largest, tl.max(tl.where(valid, value, -float("inf")), axis=0))
-    old = tl.load(out_ptr + field)
-    total = tl.where(field == 2, elements.to(tl.float64), total)
-    new = tl.where(field < _SUMS, old + total, tl.maximum(old, largest))
-    tl.store(out_ptr + field, new, mask=field < _USED)
+def _target_kernel(exponent_ptr, source_ptr, target_ptr, rows, tiles, SOURCE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """target [tiles] (int32, zeros before) becomes the maximum over the rows of exponent [rows, tiles] uint8. A maximum does not depend on the order."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)[None, :]
+    mask = (row < rows) & (tile < tiles)
+    if SOURCE:
+        mask = mask & (tl.load(source_ptr + row, mask=row < rows, other=-1) >= 0)
+    best = tl.max(tl.load(exponent_ptr + row * tiles + tile, mask=mask, other=0).to(tl.int32), axis=0)
+    column = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    tl.atomic_max(target_ptr + column, best, mask=column < tiles)
+
+
+class _Zeros:
+    """int32 zeros for one use each, many from one launch; each part begins at a multiple of 16 bytes, so that a kernel compiles once for all."""
+
+    SIZE = 1 << 16
+
+    def __init__(self) -> None:
+        self._blocks: dict[torch.device, tuple[torch.Tensor, int]] = {}
+
+    def take(self, count: int, device: torch.device) -> torch.Tensor:
+        block, at = self._blocks.get(device, (None, 0))
+        if block is None or at + count > block.shape[0]:
+            block, at = torch.zeros(max(self.SIZE, count), dtype=torch.int32, device=device), 0
+        self._blocks[device] = block, at + (count + 3) // 4 * 4
+        return block[at : at + count]
+
+
+_zeros = _Zeros()
+
+
+def _fold_targets(exponents: torch.Tensor, source: torch.Tensor | None) -> torch.Tensor:
+    """Maxima over the rows of uint8 [rows, tiles]: int32 [tiles]."""
+    rows, tiles = exponents.shape
+    target = _zeros.take(tiles, exponents.device)
+    width = min(TARGET_TILES, next_power_of_2(tiles))
+    grid = (cdiv(rows, TARGET_ROWS), cdiv(tiles, width))
+    given = target if source is None else source
+    launch(_target_kernel, grid, exponents, given, target, rows, tiles, SOURCE=source is not None, ROWS=TARGET_ROWS, TILES=width, num_warps=4)
+    return target
 
 
 def moments(
@@ -184,34 +216,35 @@ def moments(
     fold: bool = True,
     out: torch.Tensor | None = None,
     row_sums: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Kernel twin of `fp8_recipes.reference.moments`: same arguments; counts equal, sums to fp32 accuracy within a row.
+    """Kernel twin of `fp8_recipes.reference.moments`: same arguments; counts equal, sums to fp32 accuracy within a row. As many programs as ``out`` has parts.
 
-    Payloads with scales finer than a row (recipes without a fold, which exist for checking) go through the reference's torch operations.
+    q must be what x was quantised to: a value that was flushed is one that is not zero in x and zero in q, and the two are counted apart.
+    Payloads with scales finer than a row (recipes without a fold, which exist for checking) or of a width that is no multiple of 4 (no product takes those) go
+    through the reference's torch operations.
     """
-    rows, cols = check_moments(x, q, scale, out, row_sums)
-    if q is not None and q.granularity not in ("row", "tensor"):
-        return reference.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=out, row_sums=row_sums)
-    source = x if x is not None else q.payload  # type: ignore[union-attr]
-    check_device(source, "x")
+    rows, cols = check_moments(x, q, scale, out, row_sums, source)
+    if q is not None and (q.granularity not in ("row", "tensor") or cols % 4):
+        return reference.moments(x, q, scale=scale, fmt=fmt, fold=fold, out=out, row_sums=row_sums, source=source)
+    given = x if x is not None else q.payload  # type: ignore[union-attr]
+    check_device(given, "x")
     if q is not None:
         check_payload(q)
-    result = neutral(device=source.device) if out is None else out
-    programs = min(rows, PROGRAMS)
-    partial = common.empty((programs, WIDTH), torch.float64, source.device)
-    payload = source if q is None else q.payload.view(torch.uint8)
-    scale = q.scale if q is not None else scale
+        scale = q.scale
+    table = neutral(MOMENT_PARTS, device=given.device) if out is None else out
+    payload = given if q is None else q.payload.view(torch.int32)
     folds = fold and q is not None and q.tile_exponent is not None
-    target = q.tile_exponent.amax(dim=0) if folds else partial  # type: ignore[union-attr]
     launch(
         _moments_kernel,
-        (programs,),
-        source if x is not None else payload,
+        (min(cdiv(rows, ROWS), 1 if table.dim() == 1 else table.shape[0]),),
+        given if x is not None else payload,
         payload,
-        partial if scale is None else scale,
-        target,
-        partial,
-        partial if row_sums is None else row_sums,
+        table if scale is None else scale,
+        _fold_targets(q.tile_exponent, source) if folds else table,  # type: ignore[union-attr, arg-type]
+        table if source is None else source,
+        table,
+        table if row_sums is None else row_sums,
         rows,
         cols,
         scale.stride(0) if scale is not None and scale.dim() else 0,
@@ -219,13 +252,14 @@ def moments(
         PAYLOAD=q is not None,
         SCALE=scale is not None,
         FOLD=folds,
+        SOURCE=source is not None,
         ROW_SUMS=row_sums is not None,
         E5M2=is_e5m2(fmt if q is None else q.format),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        ROWS=ROWS,
+        num_warps=ROWS,
+        maxnreg=REGISTERS,
     )
-    launch(_add_partials_kernel, (1,), partial, result, programs, rows * cols, BLOCK=64, num_warps=4)
-    return result
+    return joined(table) if out is None else out
 
 
-__all__ = ["moments"]
+__all__ = ["MOMENT_PARTS", "ROWS", "moments"]

@@ -21,10 +21,9 @@ import torch.distributed as dist
 
 from ..formats import scale_from_amax
 from ..metrics import Alarm, Alarms, JsonLines, MonitorHooks, RunMetrics, Target, TensorBoard, Thresholds, WandB
-from ..metrics.hooks import BLOCK_OUTPUT, DOWN_INPUT, QKV, in_backward
+from ..metrics.hooks import BLOCK_OUTPUT, DOWN_INPUT, QKV
 from ..metrics.sinks import read_kurtosis
 from ..recipe import RecipeError
-from ..reference.permute import PADDING_SCALE, PADDING_TILE_EXPONENT
 from ..tensor import ScaledTensor
 from ..weight_scaling import ATTRIBUTE, measure_amax
 
@@ -125,8 +124,8 @@ def _fused_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) -> A
         if not (hooks.active and layer.training):
             return
         hooks.observe(f"{name}.mlp.{linear}", role, x, q)
-        if (linear, role) == ("linear_fc2", "input") and not in_backward():
-            hooks.table.add(f"{name}.{DOWN_INPUT}", None, q, values=True)
+        if (linear, role) == ("linear_fc2", "input"):
+            hooks.table.same_values(f"{name}.{DOWN_INPUT}", f"{name}.mlp.linear_fc2.input")
 
     return observer
 
@@ -136,31 +135,29 @@ def _experts_observer(hooks: MonitorHooks, layer: torch.nn.Module, name: str) ->
     to one target for all of them, an upper bound of the folds of each."""
 
     def observer(linear: str, role: str, x: torch.Tensor | None, q: ScaledTensor, source: torch.Tensor | None) -> None:
-        if not (hooks.active and layer.training) or q.shape[0] == 0 or (role == "input" and in_backward()):
+        if not (hooks.active and layer.training) or q.shape[0] == 0:
             return
-        q, absent = (q, None) if source is None else _tokens_only(q, source)
-        hooks.observe(f"{name}.mlp.experts.{linear}", role, x, q, absent)
+        hooks.observe(f"{name}.mlp.experts.{linear}", role, x, q, source)
         if (linear, role) == ("linear_fc2", "input"):
-            hooks.table.add(f"{name}.{DOWN_INPUT}", None, q, absent=absent, values=True)
+            hooks.table.same_values(f"{name}.{DOWN_INPUT}", f"{name}.mlp.experts.linear_fc2.input")
 
     return observer
-
-
-def _tokens_only(q: ScaledTensor, source: torch.Tensor) -> tuple[ScaledTensor, torch.Tensor]:
-    """(q [rows, cols] of a grouped buffer with zeros under the smallest scale in rows that hold no token, how many those are), on the device."""
-    empty = source < 0
-    payload = q.payload.view(torch.uint8).masked_fill(empty[:, None], 0).view(q.payload.dtype)
-    tiles = None if q.tile_exponent is None else q.tile_exponent.masked_fill(empty[:, None], PADDING_TILE_EXPONENT)
-    return ScaledTensor(payload, q.scale.masked_fill(empty, PADDING_SCALE), "row", tile_exponent=tiles), empty.sum()
 
 
 def _add_predicted(hooks: MonitorHooks, weights: list[tuple[str, Any]]) -> None:
     """Weights under the scale that their next use will take. A measurement that is due is made beside the anchor: parameters may still be on their way to this
     rank (--overlap-param-gather), and the anchor must not come of old ones."""
-    for name, weight in weights:
+    if not weights:
+        return
+    bounds: list[tuple[torch.Tensor, float]] = []
+    for _, weight in weights:
         state = getattr(weight, ATTRIBUTE)
-        amax, increment = (measure_amax(weight.detach(), state.group), 0.0) if state.due() else state.amax_and_increment(weight.detach())
-        hooks.table.add(name, weight, scale=scale_from_amax(amax.float() + increment).reshape(()))
+        bounds.append((measure_amax(weight.detach(), state.group).float(), 0.0) if state.due() else state.amax_and_increment(weight.detach()))
+    increments = torch.tensor([increment for _, increment in bounds], dtype=torch.float32, pin_memory=bounds[0][0].is_cuda)
+    amax = torch.stack([amax.float() for amax, _ in bounds]) + increments.to(bounds[0][0].device, non_blocking=True)
+    scales = scale_from_amax(amax)[:, None].expand(-1, 4).contiguous()  # each at a multiple of 16 bytes, so that the kernel compiles once for all
+    for (name, weight), scale in zip(weights, scales.unbind(), strict=True):
+        hooks.table.add(name, weight, scale=scale[0])
 
 
 # --- connecting them to a run -----------------------------------------------------------------------------------------------------------------------------

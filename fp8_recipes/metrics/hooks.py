@@ -85,10 +85,10 @@ class MonitorHooks:
 
         return hook
 
-    def observe(self, name: str, role: str, x: torch.Tensor | None, q: ScaledTensor, absent: torch.Tensor | None = None) -> None:
-        """Add a quantised tensor under "name.role". Forward roles are not counted again when recomputed. absent: see `MomentTable.add`."""
+    def observe(self, name: str, role: str, x: torch.Tensor | None, q: ScaledTensor, source: torch.Tensor | None = None) -> None:
+        """Add a quantised tensor under "name.role". Forward roles are not counted again when recomputed. source: see `MomentTable.add`."""
         if self.active and not (role in FORWARD_ROLES and in_backward()):
-            self.table.add(f"{name}.{'input' if role == 'activation' else role}", x, q, fold=role != "weight", absent=absent)
+            self.table.add(f"{name}.{'input' if role == 'activation' else role}", x, q, fold=role != "weight", source=source)
 
     def end_step(self, step: int) -> dict[str, Reading] | None:
         """Call after every optimizer step, on every rank. Readings if the step was observed, else None; decides whether step + 1 is observed."""

@@ -11,6 +11,8 @@ Everything is kept as sums, so that microbatches and ranks can be added before a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..formats import E4M3, E8M0_BIAS, Format, exponent_of, pow2
@@ -24,9 +26,9 @@ FIELDS = (
     "sum2",
     "sum4",
     "nonfinite",
-    "nonzero",  # finite non-zero elements; without a source, all elements whose payload is not NaN, in rows that hold a non-zero payload
-    "flushed",  # of those, payload zero; without a source this counts exact zeros too and is an upper bound
-    "saturated",  # finite elements above max(format) * scale; 0 without a source
+    "nonzero",  # from here on of the FP8 form: finite non-zero elements; without x, all whose payload is not NaN, in rows that hold a non-zero payload
+    "flushed",  # of those, payload zero; without x this counts exact zeros too and is an upper bound
+    "saturated",  # finite elements above max(format) * scale; 0 without x
     "fold_flushed",  # non-zero payloads that the fold to column blocks turns into zero
     "amax",  # from here on maxima: largest finite |x|
     "scale_exponent_max",  # over scales of groups with a non-zero payload
@@ -47,13 +49,23 @@ def neutral(*shape: int, device: torch.device | str | None = None) -> torch.Tens
     return out
 
 
+def joined(parts: torch.Tensor) -> torch.Tensor:
+    """One result [..., WIDTH] from all parts of a tensor [..., parts, WIDTH]."""
+    return torch.cat((parts[..., :SUMS].sum(dim=-2), parts[..., SUMS:].amax(dim=-2)), dim=-1)
+
+
 def merge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Sum of two results [..., WIDTH]; the maxima of the maxima."""
     return torch.cat((a[..., :SUMS] + b[..., :SUMS], torch.maximum(a[..., SUMS:], b[..., SUMS:])), dim=-1)
 
 
 def check_moments(
-    x: torch.Tensor | None, q: ScaledTensor | None, scale: torch.Tensor | None, out: torch.Tensor | None, row_sums: torch.Tensor | None
+    x: torch.Tensor | None,
+    q: ScaledTensor | None,
+    scale: torch.Tensor | None,
+    out: torch.Tensor | None,
+    row_sums: torch.Tensor | None,
+    source: torch.Tensor | None,
 ) -> tuple[int, int]:
     """Raise unless the arguments of `moments` fit; returns (rows, cols)."""
     if x is None and q is None:
@@ -70,10 +82,14 @@ def check_moments(
             raise ValueError("scale belongs to an x without its quantised form; q brings its own scales")
         if tuple(scale.shape) not in ((), (rows,)) or scale.dtype != torch.float32:
             raise ValueError(f"scale must be fp32 of shape () or ({rows},), one decode scale for all or per row, got {scale.dtype} {tuple(scale.shape)}")
-    if out is not None and (tuple(out.shape) != (WIDTH,) or out.dtype != torch.float64):
-        raise ValueError(f"out must be float64 [{WIDTH}], a row of reference.moments.neutral, got {out.dtype} {tuple(out.shape)}")
+    if out is not None and (out.dim() not in (1, 2) or out.shape[-1] != WIDTH or out.dtype != torch.float64 or not out.is_contiguous()):
+        raise ValueError(f"out must be float64 [parts, {WIDTH}] or [{WIDTH}], of reference.moments.neutral, got {out.dtype} {tuple(out.shape)}")
     if row_sums is not None and (tuple(row_sums.shape) != (rows, 2) or row_sums.dtype != torch.float64 or not row_sums.is_contiguous()):
         raise ValueError(f"row_sums must be contiguous float64 {(rows, 2)}, got {row_sums.dtype} {tuple(row_sums.shape)}")
+    if source is not None and row_sums is not None:
+        raise ValueError("source and row_sums do not go together: parts of tokens do not come in the padded groups of experts")
+    if source is not None and (tuple(source.shape) != (rows,) or source.dtype != torch.int32 or not source.is_contiguous()):
+        raise ValueError(f"source must be contiguous int32 ({rows},), got {source.dtype} {tuple(source.shape)}")
     return rows, cols
 
 
@@ -87,6 +103,7 @@ def moments(
     fold: bool = True,
     out: torch.Tensor | None = None,
     row_sums: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`FIELDS` of one tensor, fp64 [WIDTH] on its device, without a host synchronisation.
 
@@ -94,13 +111,46 @@ def moments(
     q: x quantised, any granularity. scale: without q, the decode scale (fp32, 0-dim or [rows]) under which x is about to be cast to ``fmt``.
     Without q and scale the FP8 fields stay neutral.
     fold: count what `fold_transpose(q, "column_block")` would flush, where q has the exponents for it.
-    out: a result to add to, in place; the return value then.
+    out: a result to add to, in place; the return value then. Its rows, if it has several, are parts that `joined` adds up; who adds to which is left open.
     row_sums: fp64 [rows, 2], gets sum x^2 and sum x^4 of every row; ``tokens`` and ``kurtosis`` are then left alone, because the rows are parts of longer
     ones (tensor parallelism) and the ratio is the caller's, after adding the parts.
+    source: int32 [rows]; rows with a negative number hold no token and are left out, as in the padded groups of experts. Not with row_sums.
     Raises ValueError for shapes that do not fit, an empty tensor, or nothing to look at.
     """
-    rows, cols = check_moments(x, q, scale, out, row_sums)
+    check_moments(x, q, scale, out, row_sums, source)
     result = neutral(device=x.device if x is not None else q.device)  # type: ignore[union-attr]
+    if source is not None:
+        x, q, scale = (t if t is None else _rows_of(t, source >= 0) for t in (x, q, scale))
+    if source is None or bool((source >= 0).any()):
+        _add_rows(result, x, q, scale, fmt, fold, row_sums)
+    if out is None:
+        return result
+    part = out if out.dim() == 1 else out[0]
+    part.copy_(merge(part, result))
+    return out
+
+
+def _rows_of(t: Any, mask: torch.Tensor) -> Any:
+    """Those rows of a tensor, of its quantised form or of its scales that are set in ``mask``."""
+    if isinstance(t, torch.Tensor):
+        return t[mask] if t.dim() else t
+    if t.granularity == "block":
+        raise ValueError("source leaves out rows, and a block scale belongs to 128 of them; pass another granularity")
+    payload = t.payload.view(torch.uint8)[mask].view(t.payload.dtype)
+    scale = t.scale[mask] if t.scale.dim() else t.scale
+    return ScaledTensor(payload, scale, t.granularity, None if t.tile_exponent is None else t.tile_exponent[mask], t.global_scale)
+
+
+def _add_rows(
+    result: torch.Tensor,
+    x: torch.Tensor | None,
+    q: ScaledTensor | None,
+    scale: torch.Tensor | None,
+    fmt: Format,
+    fold: bool,
+    row_sums: torch.Tensor | None,
+) -> None:
+    rows, cols = x.shape if x is not None else q.shape  # type: ignore[union-attr]
     values = x.double() if x is not None else dequantize(q).double()  # type: ignore[arg-type]
     finite = torch.isfinite(values)
     values = torch.where(finite, values, 0.0)
@@ -112,9 +162,10 @@ def moments(
         row_sums.copy_(torch.stack((sum2, sum4), dim=1))
     result[2] = rows * cols
     result[3], result[4], result[5] = sum2.sum(), sum4.sum(), (~finite).sum()
-    nonzero = finite & (values != 0) if x is not None else finite & (sum2 > 0)[:, None]
-    result[6] = nonzero.sum()
     result[SUMS] = values.abs().amax()
+    nonzero = finite & (values != 0) if x is not None else finite & (sum2 > 0)[:, None]
+    if q is not None or scale is not None:
+        result[6] = nonzero.sum()
     if q is not None:
         _count_quantised(result, values if x is not None else None, nonzero, q, fold)
     elif scale is not None:
@@ -122,7 +173,6 @@ def moments(
         result[7] = (nonzero & (values.abs() <= 0.5 * fmt.min_subnormal * s)).sum()
         result[8] = (values.abs() > fmt.max * s).sum()
         _scale_range(result, exponent_of(s), nonzero)
-    return result if out is None else out.copy_(merge(out, result))
 
 
 def token_kurtosis(sum2: torch.Tensor, sum4: torch.Tensor, cols: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,20 +124,26 @@ def experts_cases() -> list[tuple[str, str, dict, dict, int]]:
 
 
 def moments_cases() -> list[tuple[str, str, dict, dict, int]]:
-    """Moments of a bf16 tensor, of one beside its payload, and of a payload alone."""
+    """Moments of a bf16 tensor, of one beside its payload, and of a payload alone; the first with fp32 too."""
     found: list[tuple[str, str, dict, dict, int]] = []
-    doubles = dict.fromkeys(("partial_ptr", "row_sum_ptr", "out_ptr"), "*fp64")
+    m = import_module("fp8_recipes.kernels.moments")
+    types = dict.fromkeys(("row_sum_ptr", "out_ptr"), "*fp64") | dict.fromkeys(("payload_ptr", "target_ptr", "source_ptr"), "*i32")
+    usual = {"SOURCE": False, "ROW_SUMS": False, "ROWS": m.ROWS, "num_warps": m.ROWS, "maxnreg": m.REGISTERS}
     for e5m2 in (False, True):
         for x, payload, scale, fold, loads in (
-            (True, False, False, False, 4),
-            (True, False, True, False, 4),
-            (True, True, True, True, 6),
-            (False, True, True, True, 2),
+            (True, False, False, False, 5),  # four pieces at a time, and the last ones
+            (True, False, True, False, 5),
+            (True, True, True, True, 10),
+            (False, True, True, True, 5),
         ):
-            kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "ROW_SUMS": False, "E5M2": e5m2, "BLOCK": 1024, "num_warps": 1}
-            found.append(("moments", "_moments_kernel", kind, doubles, loads))
-    found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True}, doubles, 6))
-    found.append(("moments", "_add_partials_kernel", {"BLOCK": 64}, doubles, 0))
+            kind = {"X": x, "PAYLOAD": payload, "SCALE": scale, "FOLD": fold, "E5M2": e5m2, **usual}
+            found.append(("moments", "_moments_kernel", kind, types, loads))
+    found.append(("moments", "_moments_kernel", {**kind, "X": True, "ROW_SUMS": True}, types, 10))
+    found.append(("moments", "_moments_kernel", {**kind, "SOURCE": True}, types, 5))
+    found.append(("moments", "_moments_kernel", {**kind, "X": True, "PAYLOAD": False, "FOLD": False}, types | {"x_ptr": "*fp32"}, 10))
+    for source in (False, True):
+        targets = {"SOURCE": source, "ROWS": m.TARGET_ROWS, "TILES": 32}
+        found.append(("moments", "_target_kernel", targets, types, 0))
     return found
 
 

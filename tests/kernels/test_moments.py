@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 
 from fp8_recipes import reference
 from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.kernels import moments
-from fp8_recipes.kernels.moments import BLOCK
-from fp8_recipes.reference.moments import FIELDS, WIDTH, neutral
+from fp8_recipes.reference.moments import FIELDS, WIDTH, joined, neutral
 from fp8_recipes.tensor import ScaledTensor
 
 
@@ -36,7 +33,7 @@ def data(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> torc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (5, 1000), (3, 2 * BLOCK + 48)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (5, 1000), (19, 2096)])
 def test_moments_of_a_tensor(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> None:
     x = data(rows, cols, dtype, device)
     check(moments(x), reference.moments(x))
@@ -66,15 +63,65 @@ def test_beside_or_from_a_payload(source: bool, granularity: str, fold: str | No
     check(moments(given, q), expected)
 
 
-def test_more_rows_than_programs_and_accumulation_repeat_bit_for_bit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("fp8_recipes.kernels.moments"), "PROGRAMS", 70)  # the last step adds 64 at a time
-    x = torch.randn(150, 32, generator=torch.Generator().manual_seed(5)).to(device)
-    first, second = neutral(device=device), neutral(device=device)
-    for out in (first, second):
+def test_parts_and_accumulation_repeat_bit_for_bit(device: torch.device) -> None:
+    x = torch.randn(150, 64, generator=torch.Generator().manual_seed(5)).to(device)
+    expected = reference.moments(x * 2, reference.quantize(x * 2, "row"), out=reference.moments(x))
+    tables = [neutral(7, device=device), neutral(7, device=device), neutral(1000, device=device), neutral(device=device)]
+    for out in tables:
         assert moments(x, out=out) is out
-        moments(x * 2, out=out)
-    assert torch.equal(first, second)
-    check(first, reference.moments(x * 2, out=reference.moments(x)))
+        moments(x * 2, reference.quantize(x * 2, "row"), out=out)
+        check(out if out.dim() == 1 else joined(out), expected)
+    assert torch.equal(tables[0], tables[1])
+    assert (tables[0][:, 0] > 0).all() and (tables[2][:, 0] > 0).sum() == 19  # eight rows a program
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("factor", [0.0, 2.0**-60, 2.0**-19, 2.0**23, 2.0**60])
+def test_rows_far_from_one(factor: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Beyond the range in which sums of x^4 are taken as they come."""
+    x = torch.randn(20, 1100, generator=torch.Generator().manual_seed(6))
+    x[3::4] *= factor
+    x = x.to(dtype).to(device)
+    check(moments(x), reference.moments(x))
+    q = reference.quantize(x, "tensor")
+    check(moments(x, q), reference.moments(x, q))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2])
+@pytest.mark.parametrize("code", [0x7B, 0x7C, 0x7D, 0x7E, 0x7F, 0xFF])
+def test_every_special_code_in_a_payload(code: int, fmt, device: torch.device) -> None:
+    q = reference.quantize(data(10, 1200, torch.bfloat16, device), "tile", fmt, fold="row")
+    for at in range(4):
+        q.payload.view(torch.uint8)[3 + at, 101 + at] = code
+    check(moments(None, q), reference.moments(None, q))
+
+
+def test_a_fold_that_keeps_all_that_keeps_nothing_and_everything_between(device: torch.device) -> None:
+    for fmt in (E4M3, E5M2):
+        codes = torch.arange(256, dtype=torch.uint8).repeat(70, 1)
+        q = ScaledTensor(codes.view(fmt.dtype), torch.ones(70), "row", torch.full((70, 2), 127, dtype=torch.uint8))
+        q.scale *= 2.0 ** torch.arange(-64, 6)
+        q = ScaledTensor(q.payload.to(device), q.scale.to(device), "row", q.tile_exponent.to(device))
+        actual = moments(None, q)
+        check(actual, reference.moments(None, q))
+        assert 0 < actual[9] < 70 * 252
+
+
+def test_rows_without_a_token_do_not_count(device: torch.device) -> None:
+    x = data(300, 384, torch.bfloat16, device)
+    q = reference.quantize(x, "tile", fold="row")
+    source = torch.arange(300, dtype=torch.int32)
+    source[[0, 7, 100, 299]] = -1
+    source[150:290] = -1
+    source = source.to(device)
+    q.payload.view(torch.uint8)[200] = 0x7F
+    q.tile_exponent[201] = 254
+    for given in (None, x):
+        check(moments(given, q, source=source), reference.moments(given, q, source=source))
+    here = source >= 0
+    assert moments(None, q, source=source)[2] == here.sum() * 384
+    none = moments(None, q, source=torch.full_like(source, -1))
+    assert torch.equal(none, neutral(device=device))
 
 
 def test_row_sums(device: torch.device) -> None:

@@ -37,8 +37,12 @@ def test_payload_for_its_values_alone_is_read_as_the_tensor_it_stands_for() -> N
     q, plain, payload = quantize(tensors()["a"], "row"), MomentTable(), MomentTable()
     for _ in range(2):
         plain.add("a", q.payload.float() * q.scale[:, None])
-        payload.add("a", None, q, values=True)
-    assert payload.reduce()["a"].as_json() == pytest.approx(plain.reduce()["a"].as_json(), rel=1e-9)
+        payload.add("a.input", None, q)
+        payload.same_values("a", "a.input")
+    readings = payload.reduce()
+    assert list(readings) == ["a.input", "a"]
+    assert readings["a"].as_json() == pytest.approx(plain.reduce()["a"].as_json(), rel=1e-9)
+    assert readings["a"].as_json().items() <= readings["a.input"].as_json().items() and "flush_share" in readings["a.input"].as_json()
 
 
 def test_microbatches_add_up_and_the_order_of_names_stays() -> None:
@@ -93,8 +97,11 @@ def _all_ways(rank: int, whole: dict[str, Reading]) -> None:
         if rank == 1:
             table.add("c", x["c"], quantize(x["c"], "row"), fold=False)
         table.add("d", x["a"], copies=2)
+        if rank == 1:
+            table.same_values("e", "c")
         readings = table.reduce()
-        assert sorted(readings) == ["a", "b", "c", "d"], step
+        assert sorted(readings) == ["a", "b", "c", "d", "e"], step
+        assert readings["e"].kurtosis == readings["c"].kurtosis and readings["e"].scale_exponent_max is None
         for name in "abc":
             same(readings[name], whole[name])
         same(readings["d"], whole["a"])
