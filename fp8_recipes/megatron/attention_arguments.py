@@ -85,7 +85,7 @@ def _as_stock(args: argparse.Namespace, recipe: Any, argv: list[str]) -> list[st
     def given(flag: str) -> bool:
         return any(item == flag or item.startswith(flag + "=") for item in argv)
 
-    args.fp8_recipe, args.fp8 = recipe.stock, formats
+    args.fp8_recipe, args.fp8, args.fp8_delayed_recipe = recipe.stock, formats, spec  # the last: `calibration` tells it from Megatron's own by it
     args.fp8_dot_product_attention = recipe.attention == "fp8"
     if not given("--fp8-amax-history-len"):
         args.fp8_amax_history_len = HISTORY

@@ -304,7 +304,10 @@ def _products(module: Any) -> int:
 
 def _report(path: str, restored: set[str], missing: set[str], resized: set[int]) -> None:
     """One line on rank 0 about the modules of all ranks. resized: lengths of histories that are not this run's."""
+    from megatron.training import get_args
     from transformer_engine.pytorch._extra_state import unsafe_pickle_extra_state_enabled
+
+    from .calibration import wanted
 
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     parts: list[Any] = [(restored, missing, resized)]
@@ -314,7 +317,7 @@ def _report(path: str, restored: set[str], missing: set[str], resized: set[int])
         if torch.distributed.get_rank() != 0:
             return
     there, absent, other = (set().union(*column) for column in zip(*parts, strict=True))
-    anew = "start anew: empty history, scale 1 in the first step"
+    anew = "start anew: " + ("measured before the first step" if wanted(get_args()) else "empty history, scale 1 in the first step")
     if unsafe_pickle_extra_state_enabled():
         anew += ", unless TransformerEngine's pickles have theirs"
     if not there:

@@ -80,10 +80,12 @@ def install() -> None:
     one_region_around_the_layers()
     dataset_helpers()
     delayed_maxima()
+    from .calibration import install as install_calibration
     from .delayed_state import install as install_delayed_state
     from .weight_scaling_hook import install as install_weight_scaling
 
     install_delayed_state()
+    install_calibration()
     install_weight_scaling()
 
 
