@@ -33,6 +33,9 @@ STOP_ON = ("nonfinite", "kurtosis")
 _PROJECTIONS = (("linear_qkv", QKV), ("linear_q_proj", "q"), ("linear_q_up_proj", "q"), ("linear_kv_up_proj", "kv"))
 
 
+_Number = float | torch.Tensor | None
+
+
 class _Installed:
     """The one set of metrics of this process."""
 
@@ -211,8 +214,9 @@ def check(args: Any) -> None:
         raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH --save-interval N")
 
 
-def after_step(iteration: int, loss: float | None = None, grad_norm: float | None = None, learning_rate: float | None = None) -> None:
-    """After every iteration, on every rank. The scalars are written beside the readings by the last rank, the one that has the loss."""
+def after_step(iteration: int, loss: _Number = None, grad_norm: _Number = None, learning_rate: _Number = None) -> None:
+    """After every iteration, on every rank. The scalars are written beside the readings by the last rank, the one that has the loss; nothing waits for them
+    in other steps."""
     run = _Installed.run
     if run is None:
         return
@@ -273,15 +277,8 @@ def with_after_step(original: Any) -> Any:
     @functools.wraps(original)
     def training_log(*values: Any, **kwargs: Any) -> Any:
         # loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm
-        if _Installed.run is not None and _Installed.run.hooks.active:  # only then is waiting for the loss wanted
-            after_step(values[3], _number(values[0].get("lm loss")), _number(values[7]), _number(values[2]))
-        else:
-            after_step(values[3])
+        after_step(values[3], values[0].get("lm loss"), values[7], values[2])
         return original(*values, **kwargs)
 
     setattr(training_log, _MARK, True)
     return training_log
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

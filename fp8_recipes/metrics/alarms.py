@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .table import Reading
@@ -71,6 +71,44 @@ class Alarm:
     @property
     def tensor(self) -> str:
         return split_name(self.name)[1]
+
+
+_OF_SEVERAL = {
+    "nonfinite": "{} of its elements are NaN or Inf",
+    "kurtosis": "kurtosis grows like step to the power of {}, no longer slower than linearly",
+    "saturation": "{} of its values are above what its scale can hold",
+    "flush": "{} of its values become zero in FP8",
+    "fold_flush": "{} of its FP8 values become zero in the fold for wgrad",
+}
+
+
+def lines(alarms: Sequence[Alarm]) -> list[str]:
+    """What to print of one step's alarms: those of one kind for one tensor of several layers in one line, with the least and the worst of them."""
+    groups: dict[tuple[str, str], list[Alarm]] = {}
+    for alarm in alarms:
+        groups.setdefault((alarm.kind, alarm.tensor), []).append(alarm)
+    return [group[0].message if len(group) == 1 else _of_several(group) for group in groups.values()]
+
+
+def _of_several(group: list[Alarm]) -> str:
+    def text(alarm: Alarm) -> str:
+        digits = {"kurtosis": ".1f", "saturation": ".4%"}.get(alarm.kind, ".2%")
+        return f"{alarm.value:{digits}} (layer {alarm.layer})"
+
+    least, worst = min(group, key=lambda a: a.value), max(group, key=lambda a: a.value)
+    what = _OF_SEVERAL[worst.kind].format(f"{text(least)} to {text(worst)}")
+    return f"step {worst.step}, layers {_ranges([a.layer for a in group if a.layer])}, {worst.tensor}: {what} (threshold {worst.threshold:g})"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    found: list[list[int]] = []
+    for n in sorted(numbers):
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def split_name(name: str) -> tuple[int | None, str]:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .alarms import KINDS, Alarm, Alarms
+import torch
+
+from .alarms import KINDS, Alarm, Alarms, lines
 from .hooks import MonitorHooks
 from .sinks import Sink
 from .table import Reading
@@ -16,7 +18,7 @@ class RunMetrics:
     """Call `after_step` once per optimizer step on every rank.
 
     sinks: given on the one rank that writes, empty elsewhere; alarms are judged on every rank, from the same numbers, so all of them decide alike.
-    warn: gets an alarm's text; the default prints to stderr. Called on the rank that has sinks.
+    warn: gets a line of text for every kind of alarm and tensor, naming its layers; the default prints to stderr. Called on the rank that has sinks.
     stop_on: kinds of alarm after which ``stop`` is called (once, on every rank): there a trainer saves a checkpoint and leaves.
     """
 
@@ -42,8 +44,9 @@ class RunMetrics:
         self._stop_on, self._stop = tuple(stop_on), stop
         self.stopped = False
 
-    def after_step(self, step: int, **scalars: float | None) -> dict[str, Reading] | None:
-        """Readings if ``step`` was observed, else None. scalars: loss=..., grad_norm=..., learning_rate=...; written beside the readings."""
+    def after_step(self, step: int, **scalars: float | torch.Tensor | None) -> dict[str, Reading] | None:
+        """Readings if ``step`` was observed, else None. scalars: loss=..., grad_norm=..., learning_rate=...; written beside the readings. A tensor is looked at
+        in observed steps only, after everything else was queued on its device."""
         readings = self.hooks.end_step(step)
         if readings is None:
             return None
@@ -52,8 +55,8 @@ class RunMetrics:
         for sink in self.sinks:
             sink.write(step, readings, raised, known)
         if self.sinks:
-            for alarm in raised:
-                self._warn(alarm.message)
+            for line in lines(raised):
+                self._warn(line)
         fatal = [a for a in raised if a.kind in self._stop_on]
         if fatal and not self.stopped and self._stop is not None:
             self.stopped = True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .alarms import Alarm, split_name
+from .alarms import lines as alarm_lines
 from .table import Reading
 
 _PLOTTED = ("kurtosis", "pooled_kurtosis", "amax", "flush_share", "saturation_share", "fold_flush_share", "scale_exponent_min", "scale_exponent_max")
@@ -79,8 +80,8 @@ class TensorBoard:
     def write(self, step: int, readings: Mapping[str, Reading], alarms: Sequence[Alarm], scalars: Mapping[str, float]) -> None:
         for tag, value in scalars_of(readings).items():
             self.writer.add_scalar(tag, value, step)
-        for alarm in alarms:
-            self.writer.add_text("fp8/alarm", alarm.message, step)
+        for line in alarm_lines(alarms):
+            self.writer.add_text("fp8/alarm", line, step)
 
 
 class WandB:

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from collections import Counter
+from importlib import import_module
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8_recipes import reference
+from fp8_recipes import kernels, ops, reference
 from fp8_recipes.formats import E4M3, E5M2
 from fp8_recipes.kernels import moments
+from fp8_recipes.megatron.metrics import _add_predicted, _fused_observer
+from fp8_recipes.metrics import MonitorHooks, Target
 from fp8_recipes.reference.moments import FIELDS, WIDTH, joined, neutral
 from fp8_recipes.tensor import ScaledTensor
+from fp8_recipes.weight_scaling import WeightScaling
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -129,6 +136,87 @@ def test_row_sums(device: torch.device) -> None:
     actual, expected = (torch.zeros(5, 2, dtype=torch.float64, device=device) for _ in range(2))
     check(moments(x, row_sums=actual), reference.moments(x, row_sums=expected))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+class _Ops(TorchDispatchMode):
+    """Counts torch's operations that are more than another view."""
+
+    VIEWS = ("detach", "view", "slice", "select", "unsqueeze", "expand", "unbind", "alias", "t")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Launches by kernel, none of them carried out; `ops` takes the kernels."""
+    found: Counter[str] = Counter()
+    monkeypatch.setattr(import_module("fp8_recipes.kernels.moments"), "launch", lambda kernel, *args, **constants: found.update([kernel.__name__]))
+    monkeypatch.setattr(ops, "_backend", lambda t: kernels)
+    monkeypatch.setattr(ops, "moment_parts", lambda device: kernels.MOMENT_PARTS)
+    return found
+
+
+def test_what_an_observed_microbatch_costs(launched: Counter[str], device: torch.device) -> None:
+    """A dense layer under a folded recipe: three activations, inputs and gradients of four linears. One launch each, one for the targets of each fold, and
+    no other work on the device; FC2's input is read once for two names."""
+    qkv, layer = torch.nn.Identity(), torch.nn.Identity()
+    hooks = MonitorHooks([Target("layers.1.qkv", qkv), Target("layers.1.block_output", layer)])
+    observer = _fused_observer(hooks, layer, "layers.1")
+    x = torch.randn(4, 2, 256).bfloat16().to(device)
+    rows = x.view(8, 256)
+    q = reference.quantize(rows, "tile", fold="row")
+
+    def microbatch() -> None:
+        qkv(x)
+        layer(x)
+        for linear in ("linear_qkv", "linear_proj"):
+            for role in ("input", "grad"):
+                hooks.observe(f"layers.1.self_attention.{linear}", role, rows, q)
+        observer("linear_fc1", "input", None, q)
+        observer("linear_fc2", "input", None, q)
+        observer("linear_fc2", "grad", rows, q)
+        observer("linear_fc1", "grad", None, q)
+
+    microbatch()  # the first one makes rows of the table
+    launched.clear()
+    with _Ops() as counted:
+        microbatch()
+    assert launched == {"_moments_kernel": 10, "_target_kernel": 8}
+    assert not counted.found
+    assert len(hooks.table.reduce()) == 11
+
+
+def test_what_the_end_of_an_observed_step_costs(launched: Counter[str], device: torch.device) -> None:
+    """A launch for each weight under a predicted scale; everything else does not depend on how many there are."""
+    counts = []
+    for number in (3, 40):
+        clock = WeightScaling()
+        weights = [torch.nn.Parameter(torch.randn(16, 32, device=device)) for _ in range(number)]
+        clock.attach(torch.optim.AdamW(weights))
+        states = [clock.track(w) for w in weights]
+        for w, state in zip(weights, states, strict=True):
+            state.amax_and_increment(w)
+        hooks = MonitorHooks([])
+        named = [(f"layers.{n}.weight", w) for n, w in enumerate(weights)]
+        hooks.before_reading.append(lambda hooks=hooks, named=named: _add_predicted(hooks, named))
+        hooks.end_step(1)
+        hooks.active = True
+        launched.clear()
+        with _Ops() as counted:
+            readings = hooks.end_step(10)
+        assert readings is not None and len(readings) == number
+        assert launched == {"_moments_kernel": number}
+        counts.append(counted.found)
+    assert counts[0] == counts[1]
+    assert counts[0].total() <= 25, counts[0]
 
 
 def test_bad_arguments_raise_before_a_launch(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fp8_recipes.metrics import Alarm, Alarms, Reading, Thresholds
-from fp8_recipes.metrics.alarms import split_name
+from fp8_recipes.metrics.alarms import KINDS, lines, split_name
 
 HEALTHY = Reading(12.0, 12.0, 1.0, 10.0, 1000, 0, 1000, 0, 0, 0, -7, -6)
 
@@ -128,6 +128,29 @@ def test_qkv_comes_first() -> None:
         k = replace(HEALTHY, kurtosis=20.0 if step < 600 else 100.0)
         found += alarms.judge(step, {"layers.1.block_output": k, "layers.9.qkv": k})
     assert [a.name for a in found] == ["layers.9.qkv", "layers.1.block_output"]
+
+
+def test_what_several_layers_share_is_one_line_and_one_layer_is_told_as_it_is() -> None:
+    alarms = Alarms(Thresholds(patience=1))
+    flushed = {1: 278, 2: 300, 3: 940, 6: 100}
+    readings = {f"layers.{n}.mlp.fc1.grad": replace(HEALTHY, fold_flushed=count) for n, count in flushed.items()}
+    readings |= {"layers.4.qkv": replace(HEALTHY, nonfinite=2), "output_layer.grad": replace(HEALTHY, flushed=237)}
+    readings |= {f"layers.{n}.mlp.fc2.weight": replace(HEALTHY, saturated=n) for n in (1, 2)}
+    found = alarms.judge(30, readings)
+    assert len(found) == 8
+    assert lines(found) == [
+        "step 30, layer 4, qkv: 2 elements are NaN or Inf (threshold 0)",
+        "step 30, layers 1-2, mlp.fc2.weight: 0.1000% (layer 1) to 0.2000% (layer 2) of its values are above what its scale can hold (threshold 1e-05)",
+        "step 30, output_layer.grad: 23.70% of its values become zero in FP8 (threshold 0.05)",
+        "step 30, layers 1-3, 6, mlp.fc1.grad: 10.00% (layer 6) to 94.00% (layer 3) of its FP8 values become zero in the fold for wgrad (threshold 0.05)",
+    ]
+    assert lines([]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_alarm_can_be_told_of_several_layers(kind: str) -> None:
+    (line,) = lines([Alarm(7, kind, f"layers.{n}.qkv", n / 10, 0.05, "") for n in (2, 5)])
+    assert line.startswith("step 7, layers 2, 5, qkv: ") and "(layer 2) to " in line and "(layer 5)" in line and line.endswith("(threshold 0.05)")
 
 
 def test_names_and_thresholds() -> None:

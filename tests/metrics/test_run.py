@@ -39,6 +39,23 @@ def test_json_lines_hold_readings_scalars_and_alarms(tmp_path: Path) -> None:
     assert read_kurtosis(path, before=4) == [(1, {"layers.1.qkv": 1.0}), (2, {"layers.1.qkv": 1.0})]
 
 
+def test_a_tensor_among_the_scalars_is_looked_at_in_observed_steps_only(tmp_path: Path) -> None:
+    class Loss(torch.Tensor):
+        looked_at = 0
+
+        def __float__(self) -> float:
+            Loss.looked_at += 1
+            return 2.5
+
+    path = tmp_path / "m.jsonl"
+    metrics = RunMetrics(hooks(3), sinks=[JsonLines(path)])
+    for step in range(1, 7):
+        metrics.hooks.targets[0].module(torch.ones(2, 8))
+        metrics.after_step(step, loss=torch.tensor(0.0).as_subclass(Loss))
+    assert Loss.looked_at == 3
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.5, 2.5, 2.5]
+
+
 def test_stop_is_called_once_and_only_for_the_kinds_asked_for() -> None:
     stopped: list[list[Alarm]] = []
     metrics = RunMetrics(hooks(1), stop_on=("nonfinite",), stop=stopped.append)
