@@ -1,5 +1,5 @@
-"""Moments on one GPU: checked against the reference and for repeating bit for bit, then timed against a copy of the same bytes; then what one observed step
-costs a layer of an 8B (the hooks' three tensors, and everything that FP8 adds).
+"""Moments on one GPU: checked against the reference and for repeating bit for bit, then timed tensor by tensor against a copy of the same bytes, at the shapes
+of the dense benchmark (8 layers of a 7B, 4 microbatches of 8192 tokens); then the sum over an observed iteration, and what it takes of the host.
 
     python scripts/bench_metrics.py [--check] [--sweep] [--csv DIR] [--rounds N]      (--check: no timing)
 
@@ -12,25 +12,60 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench_kernels import attribute, data
 from benchmark import write
-from kernel_timing import Calls, Table, copy_calls, measure, record
+from kernel_timing import Calls, Table, copy_calls, measure, record, rotations
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.formats import E4M3, E5M2
-from fp8_recipes.metrics import MomentTable
-from fp8_recipes.reference.moments import FIELDS, neutral
+from fp8_recipes.metrics import Alarms, JsonLines, MomentTable
+from fp8_recipes.reference.moments import FIELDS, joined, neutral
+from fp8_recipes.tensor import ScaledTensor
 
-SHAPES = {"block output": (8192, 4096), "QKV": (8192, 6144), "down input": (8192, 14336), "odd": (1000, 2880), "wide": (64, 65536)}
-LAYER = {"qkv": 4096, "proj": 4096, "fc1": 4096, "fc2": 14336}  # features of each linear's input
-GRADS = {"qkv": 6144, "proj": 4096, "fc1": 28672, "fc2": 4096}  # features of each linear's output gradient
-TOKENS = 8192
+SHAPES = {"block output": (8192, 4096), "QKV": (8192, 12288), "inner gradient": (8192, 22016), "odd": (1000, 2880), "wide": (64, 65536)}
+TOKENS, LAYERS, MICROBATCHES = 8192, 8, 4
+
+
+class Watched(NamedTuple):
+    """What is read of one tensor: x (bf16), its payload q, or x under a scale that is given. times: in an observed iteration."""
+
+    name: str
+    rows: int
+    cols: int
+    kind: str
+    times: int
+    e5m2: bool = False
+
+    def bytes(self) -> float:
+        """One byte per 128 of a payload is its tile's exponent."""
+        return float(self.rows * self.cols) * {"x": 2, "x, q": 3 + 1 / 128, "q": 1 + 1 / 128, "x, scale": 2}[self.kind]
+
+
+EACH = LAYERS * MICROBATCHES
+WATCHED = (
+    Watched("qkv", TOKENS, 12288, "x", EACH),
+    Watched("block_output", TOKENS, 4096, "x", EACH),
+    Watched("linear_qkv.input, linear_proj.input", TOKENS, 4096, "x, q", 2 * EACH),
+    Watched("linear_proj.grad, linear_fc2.grad", TOKENS, 4096, "x, q", 2 * EACH),
+    Watched("linear_qkv.grad", TOKENS, 12288, "x, q", EACH),
+    Watched("linear_fc1.input", TOKENS, 4096, "q", EACH),
+    Watched("linear_fc2.input", TOKENS, 11008, "q", EACH),
+    Watched("linear_fc1.grad", TOKENS, 22016, "q", EACH),
+    Watched("output_layer.input", TOKENS, 4096, "x, q", MICROBATCHES),
+    Watched("output_layer.grad", TOKENS, 32000, "q", MICROBATCHES, e5m2=True),
+    Watched("linear_qkv.weight", 12288, 4096, "x, scale", LAYERS),
+    Watched("linear_proj.weight", 4096, 4096, "x, scale", LAYERS),
+    Watched("linear_fc1.weight", 22016, 4096, "x, scale", LAYERS),
+    Watched("linear_fc2.weight", 4096, 11008, "x, scale", LAYERS),
+    Watched("output_layer.weight", 32000, 4096, "x, scale", 1),
+)
 
 
 def disagreements(got: torch.Tensor, expected: torch.Tensor) -> list[str]:
@@ -46,16 +81,23 @@ def check_shape(name: str, rows: int, cols: int) -> int:
     x = data(rows, cols)
     x[0] = 0
     x[1, :2] = torch.tensor([float("nan"), float("inf")], device="cuda")
+    x[2] *= 2.0**-70
+    x[3] *= 2.0**50
     bad: list[str] = []
     cases: list[tuple[str, Any, Any, dict[str, Any]]] = [("plain", x, None, {}), ("scale", x, None, {"scale": torch.tensor(2.0**-9, device="cuda")})]
+    source = torch.arange(rows, dtype=torch.int32, device="cuda")
+    source[::7] = -1
     for fmt in (E4M3, E5M2):
-        for granularity, fold in (("row", None), ("tile", "row"), ("tensor", None)):
+        for granularity, fold in (("row", None), ("micro", "row"), ("tensor", None)):
             q = kernels.quantize(x, granularity, fmt, fold=fold)
             cases += [(f"{granularity} {fmt}", x, q, {}), (f"payload {granularity} {fmt}", None, q, {})]
-    for case, source, q, options in cases:
-        got = kernels.moments(source, q, **options)
-        bad += [f"{case}: {text}" for text in disagreements(got, reference.moments(source, q, **options))]
-        if not torch.equal(got, kernels.moments(source, q, **options)):
+        cases += [(f"some rows {fmt}", None, kernels.quantize(x, "row", fmt), {"source": source}), (f"codes {fmt}", None, all_codes(rows, cols, fmt), {})]
+    for case, given, q, options in cases:
+        tables = [neutral(kernels.MOMENT_PARTS, device="cuda") for _ in range(2)]
+        for out in tables:
+            kernels.moments(given, q, out=out, **options)
+        bad += [f"{case}: {text}" for text in disagreements(joined(tables[0]), reference.moments(given, q, **options))]
+        if not torch.equal(*tables):
             bad.append(f"{case}: a second run gave other bits")
     sums = [torch.empty(rows, 2, dtype=torch.float64, device="cuda") for _ in range(2)]
     kernels.moments(x, row_sums=sums[0])
@@ -66,74 +108,87 @@ def check_shape(name: str, rows: int, cols: int) -> int:
     return len(bad)
 
 
-def bench_shape(table: Table, name: str, rows: int, cols: int, rounds: int) -> None:
-    print(f"{name}: {rows} x {cols}")
-    copies = max(2, int(3e8 / (rows * cols * 2)) + 1)  # more than the L2 cache holds
-    xs = [data(rows, cols, i) for i in range(min(copies, 8))]
-    qs = [kernels.quantize(x, "row") for x in xs]
-    out, scale = neutral(device="cuda"), torch.tensor(2.0**-9, device="cuda")
-    cases: dict[str, tuple[float, Calls]] = {
-        "moments bf16": (2.0 * rows * cols, {"": [partial(kernels.moments, x, out=out) for x in xs]}),
-        "moments bf16, scale": (2.0 * rows * cols, {"": [partial(kernels.moments, x, scale=scale, out=out) for x in xs]}),
-        "moments beside payload": (3.0 * rows * cols, {"": [partial(kernels.moments, x, q, out=out) for x, q in zip(xs, qs, strict=True)]}),
-        "moments of payload": (1.0 * rows * cols, {"": [partial(kernels.moments, None, q, out=out) for q in qs]}),
-    }
-    for op, (moved, calls) in cases.items():
-        record(table, (rows, cols), measure({"copy": copy_calls(moved), op: calls[""]}, rounds), {"copy": moved, op: moved})
+def all_codes(rows: int, cols: int, fmt: Any) -> ScaledTensor:
+    """Every byte there is, under scales that a fold shifts by up to 40 binades either way."""
+    code = torch.arange(rows * cols, device="cuda").remainder(256).to(torch.uint8).view(rows, cols)
+    scale = 2.0 ** (torch.arange(rows, device="cuda").remainder(81) - 40.0)
+    return ScaledTensor(code.view(fmt.dtype), scale, "row", torch.full((rows, -(-cols // 128)), 127, dtype=torch.uint8, device="cuda"))
+
+
+def adders(w: Watched, add: Callable[..., object]) -> list[Callable[[], object]]:
+    """``add(x, q, scale=...)`` on as many copies of the tensor as rotate through more than the L2 cache."""
+    fmt, found = E5M2 if w.e5m2 else E4M3, []
+    for i in range(rotations(w.bytes())):
+        x = data(w.rows, w.cols, i)
+        q = kernels.quantize(x, "micro", fmt, fold="row") if "q" in w.kind else None
+        options = {"scale": torch.tensor(2.0, device="cuda")} if "scale" in w.kind else {}
+        found.append(partial(add, x if "x" in w.kind else None, q, **options))
+    return found
+
+
+def bench(table: Table, rounds: int) -> None:
+    """Every tensor of an observed iteration, and their sum."""
+    sums = neutral(kernels.MOMENT_PARTS, device="cuda")
+    total = least = 0.0
+    for w in WATCHED:
+        moved = w.bytes()
+        calls: Calls = {"copy": copy_calls(moved), w.name: adders(w, partial(kernels.moments, out=sums))}
+        times = measure(calls, rounds)
+        record(table, (w.rows, w.cols), times, {"copy": moved, w.name: moved})
+        table[-1] |= {"reads": w.kind, "times_per_iteration": w.times, "ms_per_iteration": round(w.times * times[w.name] / 1000, 3)}
+        table[-2] |= {"reads": "", "times_per_iteration": "", "ms_per_iteration": ""}
+        total += w.times * times[w.name] / 1000
+        least += w.times * times["copy"] / 1000
+    print(f"an observed iteration, {LAYERS} layers, {MICROBATCHES} microbatches: {total:.2f} ms on the GPU, {least:.2f} ms for a copy of as many bytes")
+    row = dict.fromkeys(table[0], "") | {"op": "an observed iteration", "ms_per_iteration": round(total, 3), "of_copy": round(least / total, 3)}
+    table.append(row)
 
 
 def sweep(rounds: int) -> None:
-    """Columns at a time, warps and programs, on the two tensors that matter most."""
+    """Rows and registers of a program, and programs per multiprocessor, on one tensor of each kind."""
     module = import_module("fp8_recipes.kernels.moments")
-    for rows, cols in ((8192, 4096), (8192, 14336)):
-        xs = [data(rows, cols, i) for i in range(4)]
-        qs = [kernels.quantize(x, "row") for x in xs]
-        out = neutral(device="cuda")
-        for block, warps, per_sm in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8), (4, 8, 16, 32)):
-            if not 8 <= block // (32 * warps) <= 64 or warps * per_sm > 64:
-                continue
-            with attribute(module, "BLOCK", block), attribute(module, "WARPS", warps), attribute(module, "PROGRAMS", per_sm * 132):
-                plain: Calls = {"": [partial(kernels.moments, x, out=out) for x in xs]}
-                beside: Calls = {"": [partial(kernels.moments, x, q, out=out) for x, q in zip(xs, qs, strict=True)]}
-                times = measure(plain, rounds)[""], measure(beside, rounds)[""]
-            print(f"  {rows}x{cols} block {block} warps {warps} programs {per_sm} x 132: bf16 {times[0]:.1f} us, beside payload {times[1]:.1f} us")
+    some = [w for w in WATCHED if w.name in ("qkv", "linear_qkv.grad", "linear_fc2.input", "linear_fc1.grad", "linear_fc1.weight")]
+    calls = {w.name: adders(w, kernels.moments) for w in some}
+    for rows, registers, per_sm in itertools.product((4, 8), (64, 80, 96, 128), (2, 3, 4, 6, 8, 12)):
+        if rows * per_sm > 48:
+            continue
+        sums = neutral(per_sm * 132, device="cuda")
+        with attribute(module, "ROWS", rows), attribute(module, "REGISTERS", registers):
+            times = {name: measure({"": [partial(call, out=sums) for call in several]}, rounds)[""] for name, several in calls.items()}
+        print(f"  rows {rows} registers {registers} programs {per_sm} x 132: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
 
 
-def layer_cost() -> None:
-    """GPU time and host time of everything counted in one observed step of one layer and one microbatch, and the transfer at the end."""
-    outputs = {"qkv": data(TOKENS, 6144), "down_input": data(TOKENS, 14336), "block_output": data(TOKENS, 4096)}
-    pairs = {f"{n}.input": data(TOKENS, f) for n, f in LAYER.items()} | {f"{n}.grad": data(TOKENS, f, 1) for n, f in GRADS.items()}
-    quantised = {name: kernels.quantize(x, "row") for name, x in pairs.items()}
-    weights = {"qkv": data(6144, 4096), "proj": data(4096, 4096), "fc1": data(28672, 4096), "fc2": data(4096, 14336)}
-    scale, table = torch.tensor(2.0**-9, device="cuda"), MomentTable()
-
-    def hooks() -> None:
-        for name, x in outputs.items():
-            table.add(name, x)
-
-    def fp8() -> None:
-        for name, x in pairs.items():
-            table.add(name, x, quantised[name])
-
-    def predicted() -> None:
-        for name, w in weights.items():
-            table.add(f"{name}.weight", w, scale=scale)
-
-    for what, run in (("hooks: QKV, down input, block output", hooks), ("FP8: four inputs, four gradients", fp8), ("weights, once a step", predicted)):
-        run()
+def host_cost() -> None:
+    """Microseconds of the host to add a tensor, and milliseconds at the end of an observed step: transfer, alarms, JSON."""
+    small = [Watched(w.name, 512, w.cols, w.kind, w.times, w.e5m2) for w in WATCHED]
+    table, total = MomentTable(), 0.0
+    for w in small:
+        call = adders(w, partial(table.add, w.name))[0]
+        call()
         torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
         began = time.perf_counter()
-        for _ in range(20):
-            run()
-        host = (time.perf_counter() - began) / 20
-        end.record()
+        for _ in range(200):
+            call()
+        us = (time.perf_counter() - began) / 200 * 1e6
+        total += us * w.times / 1000
+        print(f"  {w.name}: {us:.1f} us of the host")
         torch.cuda.synchronize()
-        print(f"  {what}: {start.elapsed_time(end) / 20:.3f} ms on the GPU, {host * 1e3:.3f} ms on the host, per layer of {TOKENS} tokens")
-    began = time.perf_counter()
-    table.reduce(local=True)
-    print(f"  reading {len(outputs) + len(pairs) + len(weights)} rows: {(time.perf_counter() - began) * 1e3:.3f} ms, once per observed step")
+    print(f"  an observed iteration: {total:.2f} ms of the host beside its other work")
+    for layer in range(LAYERS * 15):
+        table.add(f"layers.{layer}.qkv", data(8, 128))
+    alarms, sink = Alarms(), JsonLines("/dev/null")
+    for step in range(1, 40):
+        torch.cuda.synchronize()
+        times = [time.perf_counter()]
+        readings = table.reduce()
+        times.append(time.perf_counter())
+        raised = alarms.judge(step, readings)
+        times.append(time.perf_counter())
+        sink.write(step, readings, raised, {})
+        times.append(time.perf_counter())
+        table.reset()
+    read, judged, written = (1e3 * (b - a) for a, b in itertools.pairwise(times))
+    print(f"  end of an observed step, {len(readings)} names: reading {read:.2f} ms, alarms {judged:.2f} ms, JSON {written:.2f} ms")
 
 
 def main() -> None:
@@ -151,13 +206,12 @@ def main() -> None:
         sys.exit(1)
     table: Table = []
     if not args.check:
-        for name, shape in SHAPES.items():
-            bench_shape(table, name, *shape, args.rounds)
-        layer_cost()
+        bench(table, args.rounds)
+        host_cost()
+        if args.csv:
+            write(table, args.csv / "metrics_bench.csv")
         if args.sweep:
             sweep(args.rounds)
-    if args.csv and table:
-        write(table, args.csv / "metrics_bench.csv")
     print(f"{time.time() - start:.0f} s")
 
 

@@ -59,9 +59,21 @@ def exponent_of(v):
 
 
 @triton.jit
+def _halves(v):
+    """Every other column and the rest: neighbours are in one thread, so this moves nothing. Sums over halves take half of the registers."""
+    return tl.split(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)))
+
+
+@triton.jit
 def _add_values(sums, x, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.constexpr, CAREFUL: tl.constexpr):
+    a, b = _halves(to_fp32(x))
+    sums = _add_half(sums, a, unit, lost_at, above_at, COUNT, SCALE, CAREFUL)
+    return _add_half(sums, b, unit, lost_at, above_at, COUNT, SCALE, CAREFUL)
+
+
+@triton.jit
+def _add_half(sums, v, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.constexpr, CAREFUL: tl.constexpr):
     """COUNT: values that are not zero. SCALE: values that become zero, and (CAREFUL) those that are cut off. CAREFUL: leave out and count NaN and Inf."""
-    v = to_fp32(x)
     s2, s4, largest, nonfinite, nonzero, lost, above = sums
     if CAREFUL:
         finite = tl.abs(v) < float("inf")
@@ -85,8 +97,8 @@ def _add_values(sums, x, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl
 def _values(x_ptr, row, cols, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.constexpr, CAREFUL: tl.constexpr):
     """`_Values` of rows of x, reduced to one number a row. row: int64 [ROWS]; unit, lost_at, above_at: fp32 [ROWS]."""
     unit, lost_at, above_at = unit[:, None], lost_at[:, None], above_at[:, None]
-    number = tl.zeros((row.shape[0], _BLOCK), tl.float32)
-    none = tl.zeros((row.shape[0], _BLOCK), tl.int32)
+    number = tl.zeros((row.shape[0], _BLOCK // 2), tl.float32)
+    none = tl.zeros((row.shape[0], _BLOCK // 2), tl.int32)
     sums = _Values(number, number, number, none, none, none, none)
     column = tl.arange(0, _BLOCK)[None, :]
     source = x_ptr + row[:, None] * cols + column
@@ -111,6 +123,13 @@ def _add_square(s2, s4, v):
 
 @triton.jit
 def _add_words(sums, word, kept_from, MOMENTS: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr, CAREFUL: tl.constexpr):
+    a, b = _halves(word)
+    sums = _add_half_words(sums, a, kept_from, MOMENTS, FOLD, E5M2, CAREFUL)
+    return _add_half_words(sums, b, kept_from, MOMENTS, FOLD, E5M2, CAREFUL)
+
+
+@triton.jit
+def _add_half_words(sums, word, kept_from, MOMENTS: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr, CAREFUL: tl.constexpr):
     """MOMENTS: sums, maxima and NaN, not only counts. FOLD: what codes become non-zero again after a fold (`above_lost`)."""
     s2, s4, odd, even, nonfinite, nonzero, kept = sums
     code = word & 0x7F7F7F7F
@@ -134,11 +153,11 @@ def _add_words(sums, word, kept_from, MOMENTS: tl.constexpr, FOLD: tl.constexpr,
 
 @triton.jit
 def _kept_from(target_ptr, tile, tiles, row_exponent, FOLD: tl.constexpr, E5M2: tl.constexpr):
-    """`above_lost` of the shift from a row's exponent to a tile's target, for every word of the tiles: [ROWS, tiles * 32]. tile: [tiles]."""
+    """`above_lost` of the shift from a row's exponent to a tile's target, for every other word of the tiles: [ROWS, tiles * 16]. tile: [tiles]."""
     if FOLD:
         target = tl.load(target_ptr + tile, mask=tile < tiles, other=127) - 127
         kept_from = above_lost(row_exponent[:, None] - target[None, :], E5M2)[:, :, None]
-        return tl.reshape(tl.broadcast_to(kept_from, (row_exponent.shape[0], tile.shape[0], 32)), (row_exponent.shape[0], tile.shape[0] * 32))
+        return tl.reshape(tl.broadcast_to(kept_from, (row_exponent.shape[0], tile.shape[0], 16)), (row_exponent.shape[0], tile.shape[0] * 16))
     else:
         return 0
 
@@ -146,8 +165,8 @@ def _kept_from(target_ptr, tile, tiles, row_exponent, FOLD: tl.constexpr, E5M2: 
 @triton.jit
 def _codes(payload_ptr, target_ptr, row, cols, row_exponent, MOMENTS: tl.constexpr, FOLD: tl.constexpr, E5M2: tl.constexpr, CAREFUL: tl.constexpr):
     """`_Codes` of rows of a payload, reduced to one number a row: largest code in ``odd``, 0 in ``even``; counts in values."""
-    number = tl.zeros((row.shape[0], _TILES * 32), tl.float32)
-    none = tl.zeros((row.shape[0], _TILES * 32), tl.int32)
+    number = tl.zeros((row.shape[0], _TILES * 16), tl.float32)
+    none = tl.zeros((row.shape[0], _TILES * 16), tl.int32)
     sums = _Codes(number, number, none, none, none, none, none)
     tile = tl.arange(0, _TILES)
     word = tl.arange(0, _TILES * 32)[None, :]
@@ -157,11 +176,11 @@ def _codes(payload_ptr, target_ptr, row, cols, row_exponent, MOMENTS: tl.constex
     for first in range(0, whole, 4 * _TILES):
         pieces = [tl.load(source + (first + piece * _TILES) * 32) for piece in (0, 1, 2, 3)]
         for piece in tl.static_range(4):
-            kept_from = _kept_from(target_ptr, first + piece * _TILES + tile, tiles, row_exponent, FOLD, E5M2)
+            kept_from = _kept_from(target_ptr, tile + (first + piece * _TILES), tiles, row_exponent, FOLD, E5M2)
             sums = _add_words(sums, pieces[piece], kept_from, MOMENTS, FOLD, E5M2, CAREFUL)
     for first in range(whole, tiles, _TILES):
         piece = tl.load(source + first * 32, mask=word < words - first * 32, other=0)
-        sums = _add_words(sums, piece, _kept_from(target_ptr, first + tile, tiles, row_exponent, FOLD, E5M2), MOMENTS, FOLD, E5M2, CAREFUL)
+        sums = _add_words(sums, piece, _kept_from(target_ptr, tile + first, tiles, row_exponent, FOLD, E5M2), MOMENTS, FOLD, E5M2, CAREFUL)
     s2, s4, odd, even, nonfinite, nonzero, kept = sums
     code = tl.maximum(tl.maximum(odd >> 24, (odd >> 8) & 0xFF), tl.maximum(even >> 24, (even >> 8) & 0xFF))
     largest = tl.max(code, axis=1)

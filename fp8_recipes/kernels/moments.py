@@ -151,8 +151,8 @@ def _moments_kernel(
         r = read_rows(x_ptr, payload_ptr, target_ptr, row, cols, exponent, scale, X, PAYLOAD, SCALE, FOLD, E5M2, False)
         again = tl.max((valid & ~is_plain(r, exponent, scale, X, SCALE, E5M2)).to(tl.int32), axis=0)
         for second in range(2 * again):  # the first time for the largest finite value, the second relative to it
-            if X and second:
-                exponent = exponent_of(r.largest)
+            if X:
+                exponent = tl.where(second > 0, exponent_of(r.largest), exponent)
             r = read_rows(x_ptr, payload_ptr, target_ptr, row, cols, exponent, scale, X, PAYLOAD, SCALE, FOLD, E5M2, True)
         unit = (pow2(exponent) if X else scale).to(tl.float64)
         square = unit * unit
