@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
 from importlib import import_module
 
 import pytest
 import torch
+from machine_code import listings, spills
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_recipes import kernels, ops, reference
@@ -230,3 +233,46 @@ def test_bad_arguments_raise_before_a_launch(device: torch.device) -> None:
     q = reference.quantize(torch.ones(2, 64, device=device), "row")
     with pytest.raises(ValueError, match="not contiguous"):
         moments(None, ScaledTensor(q.payload[:, ::2], q.scale, "row"))
+
+
+COMPILE = """
+from machine_code import show
+from importlib import import_module
+m = import_module("fp8_recipes.kernels.moments")
+types = dict(x_ptr="*bf16", payload_ptr="*i32", scale_ptr="*fp32", target_ptr="*i32", source_ptr="*i32", out_ptr="*fp64", row_sum_ptr="*fp64")
+for case, x, payload, scale in (("x", 1, 0, 0), ("x, scale", 1, 0, 1), ("x, q", 1, 1, 1), ("q", 0, 1, 1)):
+    constants = dict(X=bool(x), PAYLOAD=bool(payload), SCALE=bool(scale), FOLD=bool(payload), SOURCE=False, ROW_SUMS=False, E5M2=False, ROWS=m.ROWS)
+    show(m._moments_kernel, types, constants, dict(num_warps=m.ROWS, maxnreg=m.REGISTERS), case=case, warps=m.ROWS, programs=m.MOMENT_PARTS // 132)
+"""
+STEPS = {"x": [6.0], "x, scale": [13.0], "x, q": [3.2, 10.0], "q": [8.5]}
+"""Instructions that a value may take in the loops over most of a row. An H200 issues about 14 in the time in which it reads two bytes of every thread."""
+
+
+def _loops(lines: list[str]) -> list[list[str]]:
+    """Instructions of the innermost loops of a listing."""
+    found, labels, seen = [], {}, []
+    for line in lines:
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(seen)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            seen.append(line)
+            back = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+            if back and labels.get(back.group(1), len(seen)) < len(seen) - 1:
+                found.append((labels[back.group(1)], len(seen)))
+    return [seen[a:b] for a, b in found if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in found)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_machine_code_reads_at_the_speed_of_memory() -> None:
+    """Compiled for sm_90, which needs no GPU: few instructions for a value, four loads of 16 bytes in a step, nothing spilled there, and all programs resident."""
+    found = listings(COMPILE)
+    assert [kernel["case"] for kernel, _ in found] == list(STEPS)
+    for kernel, lines in found:
+        steps = [loop for loop in _loops(lines) if sum("LDG.E.128" in line for line in loop) == 4]
+        values = [64 if any("IDP" in line for line in loop) else 32 for loop in steps]
+        assert len(steps) == len(STEPS[kernel["case"]]), kernel
+        for loop, count, most in zip(steps, values, STEPS[kernel["case"]], strict=True):
+            assert len(loop) <= most * count, f"{kernel}: {len(loop)} instructions for {count} values"
+            assert not spills(loop) and not any("BAR" in line or "SHFL" in line for line in loop), kernel
+        threads = 32 * kernel["warps"] * kernel["programs"]
+        assert threads * kernel["registers"] <= 65536 and threads * 64 >= 32 << 10, f"{kernel}: {threads} threads on a multiprocessor"
