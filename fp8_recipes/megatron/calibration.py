@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,6 +30,8 @@ STILL = 1.25
 PASSES = 24
 """At most. A model of 4 layers takes 4 with four microbatches a pass, and 6 with one (docs/recipes.md)."""
 _MARK = "_fp8_recipes_calibrated"
+_STEP = ("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config", "forward_backward_func", "iteration")
+"""Parameters of train_step. Not asked of the function, which others may have wrapped (scripts/profile_megatron.py)."""
 
 
 def install() -> None:
@@ -52,19 +53,15 @@ def wanted(args: Any) -> bool:
 
 
 def _train_step(original: Any) -> Any:
-    signature = inspect.signature(original)
-
     def train_step(*values: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
-        given = signature.bind(*values, **named)
-        given.apply_defaults()
-        model = given.arguments["model"]
-        if not hasattr(model[0], _MARK):
-            setattr(model[0], _MARK, True)
+        step = dict(zip(_STEP, values, strict=False)) | named
+        if not hasattr(step["model"][0], _MARK):
+            setattr(step["model"][0], _MARK, True)
             if wanted(get_args()):
-                with _rewound(given.arguments["data_iterator"]) as rewind:
-                    calibrate(given.arguments, rewind)
+                with _rewound(step["data_iterator"]) as rewind:
+                    calibrate(step, rewind)
                     return original(*values, **named)
         return original(*values, **named)
 
@@ -74,7 +71,8 @@ def _train_step(original: Any) -> Any:
 def calibrate(step: dict[str, Any], rewind: Any) -> int:
     """Measure the maxima of every module that has none, and say so on rank 0. On every rank, as a collective. Returns the passes made, 0 if none is missing.
 
-    step: arguments of Megatron's train_step. rewind: called before every pass, so that all of them and the iteration behind them read the same microbatches.
+    step: arguments of Megatron's train_step, by name. rewind: called before every pass, so that all of them and the iteration behind them read the same
+    microbatches.
     """
     from megatron.training import get_args
 
@@ -127,8 +125,8 @@ def _pass(step: dict[str, Any], args: Any, rewind: Any, restore: Any) -> float:
         micro_batch_size=args.micro_batch_size,
         decoder_seq_length=args.decoder_seq_length,
         forward_only=False,
-        p2p_communicator=step["p2p_communicator"],
-        pg_collection=step["pg_collection"],
+        p2p_communicator=step.get("p2p_communicator"),
+        pg_collection=step.get("pg_collection"),
     )
     restore()
     _forget_before(model, rows)

@@ -6,7 +6,6 @@ makes gradients as small as those of a mean over many tokens: under scale 1 E5M2
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -61,7 +60,6 @@ def work(job: dict, arguments: list[str]) -> None:
             torch.save({"passes": passes, "begin": copy(delayed_state.tensors(step["model"]))}, f"{job['write']}-{rank}.pt")
         return passes
 
-    @functools.wraps(train_step)  # installed already, by its marks
     def first_step(*values, **named):
         result = train_step(*values, **named)
         path = Path(f"{job.get('write')}-{rank}.pt")
