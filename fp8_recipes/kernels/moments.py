@@ -178,18 +178,20 @@ def _target_kernel(exponent_ptr, source_ptr, target_ptr, rows, tiles, SOURCE: tl
 
 
 class _Zeros:
-    """int32 zeros for one use each, many from one launch; each part begins at a multiple of 16 bytes, so that a kernel compiles once for all."""
+    """int32 zeros for one use each, many from one launch, on the stream of their use. Each part begins at a multiple of 16 bytes, so that a kernel compiles
+    once for all."""
 
     SIZE = 1 << 16
 
     def __init__(self) -> None:
-        self._blocks: dict[torch.device, tuple[torch.Tensor, int]] = {}
+        self._blocks: dict[tuple[torch.device, int], tuple[torch.Tensor | None, int]] = {}
 
     def take(self, count: int, device: torch.device) -> torch.Tensor:
-        block, at = self._blocks.get(device, (None, 0))
+        key = device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        block, at = self._blocks.get(key, (None, 0))
         if block is None or at + count > block.shape[0]:
             block, at = torch.zeros(max(self.SIZE, count), dtype=torch.int32, device=device), 0
-        self._blocks[device] = block, at + (count + 3) // 4 * 4
+        self._blocks[key] = block, at + (count + 3) // 4 * 4
         return block[at : at + count]
 
 
