@@ -30,7 +30,7 @@ class _Values(NamedTuple):
     largest: Any
     nonfinite: Any
     nonzero: Any
-    lost: Any
+    small: Any
     above: Any
 
 
@@ -73,11 +73,12 @@ def _add_values(sums, x, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl
 
 @triton.jit
 def _add_half(sums, v, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.constexpr, CAREFUL: tl.constexpr):
-    """COUNT: values that are not zero. SCALE: values that become zero, and (CAREFUL) those that are cut off. CAREFUL: leave out and count NaN and Inf."""
-    s2, s4, largest, nonfinite, nonzero, lost, above = sums
+    """COUNT: values that are not zero, and (CAREFUL) those that are cut off. SCALE: values that are or become zero. CAREFUL: leave out and count NaN and Inf.
+    Counts are fp32, exact here, because a comparison gives 0.0 or 1.0 in one instruction."""
+    s2, s4, largest, nonfinite, nonzero, small, above = sums
     if CAREFUL:
         finite = tl.abs(v) < float("inf")
-        nonfinite += (~finite).to(tl.int32)
+        nonfinite += tl.where(finite, 0.0, 1.0)
         v = tl.where(finite, v, 0.0)
     t = v * unit
     square = t * t
@@ -85,21 +86,20 @@ def _add_half(sums, v, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.c
     s4 += square * square
     largest = tl.maximum(largest, tl.abs(v))
     if COUNT:
-        nonzero += (v != 0.0).to(tl.int32)
+        nonzero += tl.where(v != 0.0, 1.0, 0.0)
     if SCALE:
-        lost += ((tl.abs(v) <= lost_at) & (v != 0.0)).to(tl.int32)
+        small += tl.where(tl.abs(v) <= lost_at, 1.0, 0.0)
     if CAREFUL and COUNT:
-        above += (tl.abs(v) > above_at).to(tl.int32)
-    return _Values(s2, s4, largest, nonfinite, nonzero, lost, above)
+        above += tl.where(tl.abs(v) > above_at, 1.0, 0.0)
+    return _Values(s2, s4, largest, nonfinite, nonzero, small, above)
 
 
 @triton.jit
 def _values(x_ptr, row, cols, unit, lost_at, above_at, COUNT: tl.constexpr, SCALE: tl.constexpr, CAREFUL: tl.constexpr):
-    """`_Values` of rows of x, reduced to one number a row. row: int64 [ROWS]; unit, lost_at, above_at: fp32 [ROWS]."""
+    """`_Values` of rows of x, reduced to one number a row, ``small`` without the zeros. row: int64 [ROWS]; unit, lost_at, above_at: fp32 [ROWS]."""
     unit, lost_at, above_at = unit[:, None], lost_at[:, None], above_at[:, None]
     number = tl.zeros((row.shape[0], _BLOCK // 2), tl.float32)
-    none = tl.zeros((row.shape[0], _BLOCK // 2), tl.int32)
-    sums = _Values(number, number, number, none, none, none, none)
+    sums = _Values(number, number, number, number, number, number, number)
     column = tl.arange(0, _BLOCK)[None, :]
     source = x_ptr + row[:, None] * cols + column
     whole = 0 if CAREFUL else cols // (4 * _BLOCK) * (4 * _BLOCK)
@@ -110,8 +110,11 @@ def _values(x_ptr, row, cols, unit, lost_at, above_at, COUNT: tl.constexpr, SCAL
     for first in range(whole, cols, _BLOCK):
         x = tl.load(source + first, mask=column < cols - first, other=0.0)
         sums = _add_values(sums, x, unit, lost_at, above_at, COUNT, SCALE, CAREFUL)
-    s2, s4, largest, nonfinite, nonzero, lost, above = sums
-    counts = (tl.sum(nonfinite, axis=1), tl.sum(nonzero, axis=1), tl.sum(lost, axis=1), tl.sum(above, axis=1))
+    s2, s4, largest, nonfinite, nonzero, small, above = sums
+    nonzero = tl.sum(nonzero, axis=1).to(tl.int32)
+    beyond = (_BLOCK - cols % _BLOCK) % _BLOCK  # zeros that the last load made up
+    lost = tl.sum(small, axis=1).to(tl.int32) + nonzero - cols - beyond
+    counts = (tl.sum(nonfinite, axis=1).to(tl.int32), nonzero, lost, tl.sum(above, axis=1).to(tl.int32))
     return _Values(tl.sum(s2, axis=1), tl.sum(s4, axis=1), tl.max(largest, axis=1), counts[0], counts[1], counts[2], counts[3])
 
 
@@ -229,7 +232,7 @@ def read_rows(
         lost_at = scale * (2.0**-17 if E5M2 else 2.0**-10)
         above_at = scale * (57344.0 if E5M2 else 448.0)
         v = _values(x_ptr, row, cols, pow2(-exponent), lost_at, above_at, SCALE, SCALE and not PAYLOAD, CAREFUL)
-        return Row(v.s2, v.s4, v.largest, v.nonfinite, v.nonzero, v.lost, v.above, codes, kept)
+        return Row(v.s2, v.s4, v.largest, v.nonfinite, v.nonzero, v.small, v.above, codes, kept)
     else:
         return Row(c.s2, c.s4, decode(c.odd.to(tl.uint8), E5M2) * scale, c.nonfinite, none, none, none, codes, kept)
 
