@@ -264,7 +264,7 @@ def _loops(lines: list[str]) -> list[list[str]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_machine_code_reads_at_the_speed_of_memory() -> None:
-    """Compiled for sm_90, which needs no GPU: few instructions for a value, four loads of 16 bytes in a step, nothing spilled there, and all programs resident."""
+    """Compiled for sm_90 without a GPU: few instructions for a value, four loads of 16 bytes in a step, nothing spilled there, and all programs resident."""
     found = listings(COMPILE)
     assert [kernel["case"] for kernel, _ in found] == list(STEPS)
     for kernel, lines in found:
