@@ -1,4 +1,4 @@
-"""Assertions shared by the tests: bit for bit, and signal-to-noise in dB."""
+"""Assertions shared by the tests: bit for bit, and signal-to-noise in dB; which functions made a tensor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import torch
 
 from fp8_recipes.reference import dequantize
 from fp8_recipes.tensor import ScaledTensor
+
+
+def nodes_behind(y: torch.Tensor) -> set[str]:
+    """Names of the autograd functions that made y."""
+    found, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [earlier for earlier, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
 
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:

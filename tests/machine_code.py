@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MARK = "KERNEL "
+has_compiler = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 
 
 def show(
@@ -59,6 +62,15 @@ def listings(script: str) -> list[tuple[dict[str, Any], list[str]]]:
     assert done.returncode == 0, done.stderr
     parts = (part.splitlines() for part in done.stdout.split(MARK)[1:])
     return [(json.loads(head), lines) for head, *lines in parts]
+
+
+def wide_loads(lines: list[str]) -> list[int]:
+    """Where 16 bytes at a time are asked for from memory."""
+    return [i for i, line in enumerate(lines) if "LDG.E" in line and ".128" in line]
+
+
+def wide_stores(lines: list[str]) -> int:
+    return sum("STG.E.128" in line for line in lines)
 
 
 def spills(lines: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def build(flags: str) -> str:
     with torch.device("meta"):
         model = container.model.get_builder_cls()(container.model).build_model(collection)
     table = report.precision_table(args, [model])
-    weight_scaling_hook.is_rank_0 = lambda: False
+    report.is_rank_0 = lambda: False
     tracked = len(list(weight_scaling_hook.fp8_weights(model, experts=True)))
     torch.cuda.is_available, torch.cuda.current_device, torch.cuda.device_count = really
     return f"{table}\nTRACKED {tracked}"

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .. import reference
 from ..formats import E4M3, Format
-from ..reference.moments import NO_EXPONENT, WIDTH, check_moments, joined, neutral
+from ..reference.moments import FIELDS, NO_EXPONENT, SUMS, WIDTH, check_moments, joined, neutral
 from ..tensor import ScaledTensor
 from .common import cdiv, check_device, check_payload, is_e5m2, next_power_of_2, pow2
 from .launch import launch
@@ -31,12 +31,13 @@ MOMENT_PARTS = 3 * 132
 """Programs, if they all have rows. scripts/bench_metrics.py sweeps the three."""
 _NO_EXPONENT = tl.constexpr(NO_EXPONENT)
 _WIDTH = tl.constexpr(WIDTH)
+_FIELDS, _NONZERO, _SUMS = tl.constexpr(len(FIELDS)), tl.constexpr(FIELDS.index("nonzero")), tl.constexpr(SUMS)
 TARGET_ROWS, TARGET_TILES = 64, 128
 """Tile exponents that a program of the launch before takes."""
 
 
 class _Sums(NamedTuple):
-    """What a program has found so far, one number for each row that it reads at a time."""
+    """What a program has found so far, one number for each row that it reads at a time. In the order of `FIELDS`."""
 
     tokens: Any
     kurtosis: Any
@@ -95,21 +96,13 @@ def _raise(ptr, numbers):
 
 @triton.jit
 def _add_to_table(out_ptr, sums, SCALE: tl.constexpr):
-    """Into a row of the table: `FIELDS` in their order, those about FP8 where there is a scale."""
-    _add(out_ptr + 0, sums.tokens)
-    _add(out_ptr + 1, sums.kurtosis)
-    _add(out_ptr + 2, sums.elements)
-    _add(out_ptr + 3, sums.sum2)
-    _add(out_ptr + 4, sums.sum4)
-    _add(out_ptr + 5, sums.nonfinite)
-    _raise(out_ptr + 10, sums.amax)
-    if SCALE:
-        _add(out_ptr + 6, sums.nonzero)
-        _add(out_ptr + 7, sums.flushed)
-        _add(out_ptr + 8, sums.saturated)
-        _add(out_ptr + 9, sums.fold_flushed)
-        _raise(out_ptr + 11, sums.high)
-        _raise(out_ptr + 12, sums.low)
+    """Into a row of the table, whose fields (`FIELDS`) are in the order of `_Sums`; those about FP8 where there is a scale."""
+    for field in tl.static_range(_FIELDS):
+        if SCALE or field < _NONZERO or field == _SUMS:
+            if field < _SUMS:
+                _add(out_ptr + field, sums[field])
+            else:
+                _raise(out_ptr + field, sums[field])
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..te.shims import replace
-from . import arguments, delayed_state, metrics
+from . import arguments, delayed_state, metrics, report
 
 STILL = 1.25
 """A pass that moves no scale by more than this factor ends the search: neighbours in E5M2 are up to so far apart."""
@@ -78,11 +78,12 @@ def calibrate(step: dict[str, Any], rewind: Any) -> int:
 
     model, args = step["model"], get_args()
     recipe = delayed_state.recipe_in_force(model)
-    anew = {name for name, module in delayed_state.modules(model) if delayed_state.remembers(module, recipe) and not _has_maxima(module)} if recipe else set()
+    watched = [(name, module) for name, module in delayed_state.modules(model) if delayed_state.remembers(module, recipe)] if recipe else []
+    anew = {name for name, module in watched if not delayed_state.has_maxima(module)}
     if not _largest(len(anew), model):
         return 0
     if getattr(args, "cuda_graph_impl", "none") not in (None, "none"):
-        _say(f"the first steps cast with scale 1: maxima are not calibrated under --cuda-graph-impl {args.cuda_graph_impl}")
+        report.say(f"fp8_recipes: the first steps cast with scale 1: maxima are not calibrated under --cuda-graph-impl {args.cuda_graph_impl}")
         return 0
     kept = {name: tensor.clone() for name, tensor in delayed_state.tensors(model).items() if name.rsplit(".", 2)[0] not in anew}
     passes, moved = 0, float("inf")
@@ -95,14 +96,8 @@ def calibrate(step: dict[str, Any], rewind: Any) -> int:
     for name, tensor in kept.items():
         found[name].copy_(tensor)
     state = "until no scale moved by more than a quarter" if moved <= STILL else f"and scales still move by a factor of {moved:.3g}"
-    _say(f"delayed scaling had no maxima: measured on the first iteration's microbatches in {passes} passes that train nothing, {state}")
+    report.say(f"fp8_recipes: delayed scaling had no maxima: measured on the first iteration's microbatches in {passes} passes that train nothing, {state}")
     return passes
-
-
-def _has_maxima(module: Any) -> bool:
-    """Of gradients: an evaluation before the first step leaves those of the forward pass. A history of one step is empty between two; its scale is not 1."""
-    state = dict(delayed_state._states(module)).get("backward")
-    return state is not None and bool((state.amax_history != 0).any() or (state.scale != 1).any())
 
 
 def _pass(step: dict[str, Any], args: Any, rewind: Any, restore: Any) -> float:
@@ -208,19 +203,16 @@ def _without_trace(model: Sequence[torch.nn.Module], config: Any) -> Iterator[An
         get_moe_metrics_tracker().clear()
         MTPLossLoggingHelper.clean_metrics_in_tracker()
 
-    machine, hooks = get_rerun_state_machine(), metrics._Installed.run.hooks if metrics._Installed.run else None
-    mode, timers, active = machine.mode, config.timers, hooks is not None and hooks.active
+    machine = get_rerun_state_machine()
+    mode, timers = machine.mode, config.timers
     machine.mode = RerunMode.DISABLED  # set_mode prints a warning each time
     config.timers = None
-    if hooks is not None:
-        hooks.active = False
     try:
-        yield restore
+        with metrics.paused():
+            yield restore
     finally:
         machine.mode = mode
         config.timers = timers
-        if hooks is not None:
-            hooks.active = active
         get_timers()("batch-generator", log_level=2).reset()
 
 
@@ -231,8 +223,3 @@ def _largest(value: float, model: Sequence[torch.nn.Module]) -> float:
     together = torch.tensor([value], dtype=torch.float64, device=next(model[0].parameters()).device)
     torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
     return float(together)
-
-
-def _say(message: str) -> None:
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(f"fp8_recipes: {message}", flush=True)

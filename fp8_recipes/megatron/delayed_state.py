@@ -167,6 +167,12 @@ def _states(module: Any) -> Iterator[tuple[str, Any]]:
             yield direction, state
 
 
+def has_maxima(module: Any) -> bool:
+    """Of gradients: an evaluation before the first step leaves those of the forward pass. A history of one step is empty between two; its scale is not 1."""
+    state = dict(_states(module)).get("backward")
+    return state is not None and bool((state.amax_history != 0).any() or (state.scale != 1).any())
+
+
 def tensors(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """{"<module>.<direction>.amax_history": [history, slots], "<module>.<direction>.scale": [slots], ...} of this rank's modules, fp32, not copied."""
     found: dict[str, torch.Tensor] = {}

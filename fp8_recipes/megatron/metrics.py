@@ -11,6 +11,7 @@ Watched: output of linear_qkv, input of the FFN's linear_fc2 (dense, experts), o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -212,6 +213,20 @@ def check(args: Any) -> None:
         raise RecipeError(f"--cuda-graph-impl {graphs}: a replayed graph calls no hooks, so the metrics would miss it; use --fp8-metrics-interval 0 with it")
     if _stops(args) and not getattr(args, "save", None):
         raise RecipeError("--fp8-alarm stop saves a checkpoint before it ends the run, so it needs --save PATH --save-interval N")
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Nothing that runs in here is measured."""
+    hooks = _Installed.run.hooks if _Installed.run else None
+    active = hooks is not None and hooks.active
+    if hooks is not None:
+        hooks.active = False
+    try:
+        yield
+    finally:
+        if hooks is not None:
+            hooks.active = active
 
 
 def after_step(iteration: int, loss: _Number = None, grad_norm: _Number = None, learning_rate: _Number = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..metrics.alarms import layer_ranges
 from . import arguments, fog_arguments
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -158,15 +159,18 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3,7"; modules outside layers -> "-"."""
-    wanted = sorted({n for n in numbers if n > 0})
-    parts: list[list[int]] = []
-    for n in wanted:
-        if parts and parts[-1][1] == n - 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "-"
+    """`layer_ranges`; modules outside layers -> "-"."""
+    return layer_ranges(n for n in numbers if n > 0)
+
+
+def is_rank_0() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def say(message: str) -> None:
+    """Print on rank 0."""
+    if is_rank_0():
+        print(message, flush=True)
 
 
 class IterationLog:
@@ -230,5 +234,4 @@ def print_summary() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
     allocated, reserved = (int(x) for x in peak.tolist())
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print("fp8_recipes_summary " + json.dumps({"peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved}), flush=True)
+    say("fp8_recipes_summary " + json.dumps({"peak_allocated_bytes": allocated, "peak_reserved_bytes": reserved}))

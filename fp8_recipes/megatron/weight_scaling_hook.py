@@ -6,7 +6,6 @@ optimizer, so it does not count.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +68,7 @@ def on_model_and_optimizer(args: Any, model_chunks: Any, optimizer: Any) -> Weig
     chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     specs = specs_in_use(args)
     clock = _start_scaling(args, chunks, optimizer, specs) if specs else None
-    if not specs and report.wanted(args) and is_rank_0():
+    if not specs and report.wanted(args) and report.is_rank_0():
         print(report.precision_table(args, chunks), flush=True)
     if metrics.install(chunks, args) is not None:  # after the scales: it reports weights under them; and for bf16 and stock recipes too
         metrics.install_training_log()
@@ -84,7 +83,7 @@ def _start_scaling(args: Any, chunks: list[Any], optimizer: Any, specs: list[str
         refuse_wrong_device()
     head.check(args, chunks)
     mlp.mark_weights(chunks)
-    if is_rank_0():
+    if report.is_rank_0():
         print(report.precision_table(args, chunks), flush=True)
     recipes = [arguments.resolve(spec) for spec in specs]
     recipes += [recipe.dense_recipe for recipe in recipes if recipe.dense]
@@ -128,7 +127,7 @@ def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, dense: 
 
     dense, experts: those of the dense linears; those of the grouped ones, one scale per expert.
     """
-    clock = WeightScaling(interval=interval, on_message=_print_rank_0)
+    clock = WeightScaling(interval=interval, on_message=report.say)
     weights = [(weight, group) for chunk in chunks for weight, group in fp8_weights(chunk, dense, experts)]
     for weight, group in weights:
         clock.track(weight, group)
@@ -136,7 +135,7 @@ def attach(chunks: list[torch.nn.Module], optimizer: Any, interval: int, dense: 
     for one in inner:
         clock.attach(one)
     _clocks.append(clock)
-    _print_rank_0(f"fp8_recipes: {len(weights)} weight scales predicted from the learning rate, measured every {clock.effective_interval or 1} steps")
+    report.say(f"fp8_recipes: {len(weights)} weight scales predicted from the learning rate, measured every {clock.effective_interval or 1} steps")
     return clock
 
 
@@ -176,13 +175,3 @@ def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
                 f"{type(member).__name__} holds no torch optimizer to read the learning rate from; use --optimizer adam, or weight_scale=measured in the recipe"
             )
     return found
-
-
-def is_rank_0() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _print_rank_0(message: str) -> None:
-    if is_rank_0():
-        print(message, flush=True)
-        sys.stdout.flush()

@@ -73,13 +73,14 @@ class Alarm:
         return split_name(self.name)[1]
 
 
-_OF_SEVERAL = {
-    "nonfinite": "{} of its elements are NaN or Inf",
-    "kurtosis": "kurtosis grows like step to the power of {}, no longer slower than linearly",
-    "saturation": "{} of its values are above what its scale can hold",
-    "flush": "{} of its values become zero in FP8",
-    "fold_flush": "{} of its FP8 values become zero in the fold for wgrad",
+_TEXTS = {
+    "nonfinite": (".2%", "{} of its elements are NaN or Inf"),
+    "kurtosis": (".1f", "kurtosis grows like step to the power of {}, no longer slower than linearly"),
+    "saturation": (".4%", "{} of its values are above what its scale can hold"),
+    "flush": (".2%", "{} of its values become zero in FP8"),
+    "fold_flush": (".2%", "{} of its FP8 values become zero in the fold for wgrad"),
 }
+"""How a value of each kind is written, and in which sentence it stands, or the least and the worst of several."""
 
 
 def lines(alarms: Sequence[Alarm]) -> list[str]:
@@ -91,24 +92,21 @@ def lines(alarms: Sequence[Alarm]) -> list[str]:
 
 
 def _of_several(group: list[Alarm]) -> str:
-    def text(alarm: Alarm) -> str:
-        digits = {"kurtosis": ".1f", "saturation": ".4%"}.get(alarm.kind, ".2%")
-        return f"{alarm.value:{digits}} (layer {alarm.layer})"
-
     least, worst = min(group, key=lambda a: a.value), max(group, key=lambda a: a.value)
-    what = _OF_SEVERAL[worst.kind].format(f"{text(least)} to {text(worst)}")
-    return f"step {worst.step}, layers {_ranges([a.layer for a in group if a.layer])}, {worst.tensor}: {what} (threshold {worst.threshold:g})"
+    digits, text = _TEXTS[worst.kind]
+    what = text.format(" to ".join(f"{alarm.value:{digits}} (layer {alarm.layer})" for alarm in (least, worst)))
+    return f"step {worst.step}, layers {layer_ranges(a.layer for a in group if a.layer)}, {worst.tensor}: {what} (threshold {worst.threshold:g})"
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7"."""
+def layer_ranges(numbers: Iterable[int]) -> str:
+    """[3, 1, 2, 7] -> "1-3,7"; none -> "-"."""
     found: list[list[int]] = []
-    for n in sorted(numbers):
+    for n in sorted(set(numbers)):
         if found and n == found[-1][1] + 1:
             found[-1][1] = n
         else:
             found.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found) or "-"
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -156,13 +154,15 @@ class Alarms:
             text = f"kurtosis {r.kurtosis:.1f} grows like step^{p:.1f}, no longer slower than linearly"
             found.append(self._alarm(step, "kurtosis", name, p, t.growth_exponent, text))
         shares = (
-            ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, 1, f"{r.nonfinite} elements are NaN or Inf"),
-            ("saturation", r.saturation_share, t.saturation_share, 1, f"{r.saturation_share:.4%} of its values are above what its scale can hold"),
-            ("flush", r.flush_share, flush, t.patience, f"{r.flush_share:.2%} of its values become zero in FP8"),
-            ("fold_flush", r.fold_flush_share, flush, t.patience, f"{r.fold_flush_share:.2%} of its FP8 values become zero in the fold for wgrad"),
+            ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, 1),
+            ("saturation", r.saturation_share, t.saturation_share, 1),
+            ("flush", r.flush_share, flush, t.patience),
+            ("fold_flush", r.fold_flush_share, flush, t.patience),
         )
-        for kind, value, limit, wait, text in shares:
+        for kind, value, limit, wait in shares:
             if self._begins(kind, name, value > limit, value > 0.5 * limit, wait):
+                digits, sentence = _TEXTS[kind]
+                text = f"{r.nonfinite} elements are NaN or Inf" if kind == "nonfinite" else sentence.format(f"{value:{digits}}")
                 found.append(self._alarm(step, kind, name, value, limit, text))
         return found
 

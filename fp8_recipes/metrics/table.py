@@ -235,9 +235,9 @@ class MomentTable:
             groups.setdefault(id(part.group), []).append(part)
         for parts in groups.values():
             group, size = parts[0].group, dist.get_world_size(parts[0].group)
-            joined = torch.cat([p.row_sums for p in parts])
-            dist.all_reduce(joined, group=group)
-            for p, sums in zip(parts, joined.split([p.row_sums.shape[0] for p in parts]), strict=True):
+            together = torch.cat([p.row_sums for p in parts])
+            dist.all_reduce(together, group=group)
+            for p, sums in zip(parts, together.split([p.row_sums.shape[0] for p in parts]), strict=True):
                 tokens, kurtosis = token_kurtosis(sums[:, 0], sums[:, 1], p.cols * size)
                 self._rows[p.name][0, :2] += torch.stack((tokens, kurtosis)) / size  # every rank of the group adds the same
         self._parts.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import replace
 from importlib import import_module
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from assertions import assert_bitwise, assert_snr
 from data import GROUPS, group_layout
-from machine_code import listings, spills
+from machine_code import has_compiler, listings, spills
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, whose own library is decorated then
@@ -312,7 +311,7 @@ for kernel, dtype, constants in (
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_streams_products() -> None:
     """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, next to no spills between them and the loop's branch."""
     found = listings(COMPILE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from assertions import assert_bitwise
 from data import GROUPS, all_codes, group_layout, nasty
+from machine_code import has_compiler
 
 from fp8_recipes import reference
 from fp8_recipes.formats import E4M3, E5M2, FORMATS, pow2
@@ -143,7 +144,7 @@ for kernel, constants, source in (
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_moves_16_bytes_at_a_time():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)

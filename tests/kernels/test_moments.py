@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from importlib import import_module
 
 import pytest
 import torch
-from machine_code import listings, spills
+from machine_code import has_compiler, listings, spills
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_recipes import kernels, ops, reference
@@ -262,7 +261,7 @@ def _loops(lines: list[str]) -> list[list[str]]:
     return [seen[a:b] for a, b in found if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in found)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_reads_at_the_speed_of_memory() -> None:
     """Compiled for sm_90 without a GPU: few instructions for a value, four loads of 16 bytes in a step, nothing spilled there, and all programs resident."""
     found = listings(COMPILE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 from importlib import import_module
 
@@ -12,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from assertions import assert_bitwise, assert_nearly_bitwise
-from machine_code import listings, spills
+from machine_code import has_compiler, listings, spills, wide_loads, wide_stores
 
 from fp8_recipes import kernels, reference
 from fp8_recipes.reference.qkv import LARGEST_ANGLE
@@ -217,18 +216,18 @@ for heads, head in ((4, 128), (1, 64), (8, 128), (32, 128)):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_keeps_loads_in_flight():
     """Compiled for sm_90, which needs no GPU: all loads of a round before its first store, 16 bytes each, no spills, bytes enough on a multiprocessor."""
     found = listings(COMPILE)
     assert len(found) == 8
     for kernel, lines in found:
         at_once, registers = kernel["at_once"], kernel["registers"]
-        loads = [i for i, line in enumerate(lines) if "LDG.E" in line and ".128" in line]
+        loads = wide_loads(lines)
         store = next(i for i, line in enumerate(lines) if "STG" in line)
         wanted = 4 * at_once + 6 if kernel["backward"] else 2 * at_once + 4  # of heads, and of key and value or their gradients and the key
         assert len([i for i in loads if i < store]) >= wanted, f"{kernel}: loads wait for stores"
         assert not spills(lines), kernel
-        assert len([line for line in lines if "STG.E.128" in line]) >= 2 * at_once + 4, f"{kernel}: narrow stores"
+        assert wide_stores(lines) >= 2 * at_once + 4, f"{kernel}: narrow stores"
         programs = 65536 // (-(-registers // 8) * 8 * 128)
         assert programs * 128 * 16 * wanted >= (64 << 10), f"{kernel}: {programs} programs on a multiprocessor"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 
 import pytest
 import torch
 from assertions import assert_quantized
-from machine_code import listings, spills
+from machine_code import has_compiler, listings, spills, wide_loads
 
 from fp8_recipes import reference
 from fp8_recipes.formats import FORMATS
@@ -115,7 +114,7 @@ for cols in (4096, 11008, 14336):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_keeps_rows_in_flight():
     """Compiled for sm_90, which needs no GPU: every load of a row before the first wait, no spills, and rows enough on a multiprocessor to fill the memory."""
     found = listings(COMPILE)
@@ -123,7 +122,7 @@ def test_machine_code_keeps_rows_in_flight():
     for kernel, lines in found:
         cols, warps, pieces, registers = (kernel[key] for key in ("cols", "warps", "pieces", "registers"))
         waits = [i for i, line in enumerate(lines) if "SHFL" in line or "BAR.SYNC" in line]
-        loads = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
+        loads = wide_loads(lines)
         assert len(loads) == 4 * pieces, f"{kernel}: x and gamma, 32 bytes of each piece per thread"
         assert len([i for i in loads if i < waits[0]]) >= 2 * pieces, f"{kernel}: x is not in flight as a whole when the sum starts"
         assert not spills(lines), kernel

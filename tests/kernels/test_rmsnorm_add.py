@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 from assertions import assert_bitwise, assert_nearly_bitwise
-from machine_code import listings, spills
+from machine_code import has_compiler, listings, spills, wide_loads, wide_stores
 
 from fp8_recipes import kernels, reference
 
@@ -162,7 +161,7 @@ for cols in (2048, 4096, 5120, 6144, 7168, 8192, 16384):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@has_compiler
 def test_machine_code_keeps_rows_in_flight():
     """Compiled for sm_90, which needs no GPU: every load of a row before the sum waits, no spills, and rows enough on a multiprocessor to fill the memory."""
     found = listings(COMPILE)
@@ -170,9 +169,9 @@ def test_machine_code_keeps_rows_in_flight():
     for kernel, lines in found:
         cols, warps, pieces, registers = (kernel[key] for key in ("cols", "warps", "pieces", "registers"))
         wait = next(i for i, line in enumerate(lines) if "BAR.SYNC" in line or "STG" in line)
-        loads = [i for i, line in enumerate(lines) if "LDG.E" in line and ".128" in line]
+        loads = wide_loads(lines)
         assert len([i for i in loads if i < wait]) >= 2 * pieces, f"{kernel}: a row is not in flight as a whole when the sum starts"
         assert not spills(lines), kernel
-        assert len([line for line in lines if "STG.E.128" in line]) >= pieces, f"{kernel}: narrow stores"
+        assert wide_stores(lines) >= pieces, f"{kernel}: narrow stores"
         rows = min(65536 // (-(-registers // 8) * 256 * warps), 64 // warps, 32)
         assert rows * 4 * cols >= (56 << 10), f"{kernel}: {rows} rows on a multiprocessor"

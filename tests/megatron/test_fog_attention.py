@@ -12,6 +12,7 @@ pytest.importorskip("transformer_engine", reason="TransformerEngine is not insta
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
 import fog_models as models  # noqa: E402
+from assertions import nodes_behind  # noqa: E402
 
 from fp8_recipes.architecture import from_name  # noqa: E402
 
@@ -39,14 +40,7 @@ def trained(model):
 
 def ways(model):
     """Names of the autograd functions of this package that one pass of the attention of the first layer meets."""
-    output = attend(model.decoder.layers[0].self_attention)
-    met, todo = set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return {type(node).__name__ for node in met} & {"_BoundAndRotatedBackward", "_TanhBackward"}
+    return nodes_behind(attend(model.decoder.layers[0].self_attention)) & {"_BoundAndRotatedBackward", "_TanhBackward"}
 
 
 def attend(attention, x=None, *, positions=models.SEQ, **kwargs):

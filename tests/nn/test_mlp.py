@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from assertions import nodes_behind
 from torch.utils.checkpoint import checkpoint
 
 from fp8_recipes import RecipeError, from_name
@@ -147,7 +148,7 @@ def test_model_takes_the_fused_way_and_shows_what_it_quantises(name: str) -> Non
     assert can_fuse(mlp.up, mlp.down)
     tokens = torch.randint(0, 32, (2, 16))
     loss = model(tokens, tokens)
-    assert "_Fp8Mlp" in _graph(loss)
+    assert "_Fp8MlpBackward" in nodes_behind(loss)
     monitor = Monitor()
     for module in model.modules():
         if isinstance(module, Linear):
@@ -161,18 +162,7 @@ def test_model_takes_the_fused_way_and_shows_what_it_quantises(name: str) -> Non
     assert counts["grad"].elements == 32 * (3 * width + width + inner + width)
     assert counts["weight"].elements == 4 * width * width + 2 * width * inner
     assert all(p.grad is not None for p in model.parameters())
-    assert "_Fp8Mlp" not in _graph(convert(GPT(config), "moss_exact", skip=is_high_precision)(tokens, tokens)), "no fold, no fusion"
-
-
-def _graph(y: torch.Tensor) -> str:
-    """Names of all nodes behind y."""
-    found, waiting = set(), [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return " ".join(type(node).__name__ for node in found)
+    assert "_Fp8MlpBackward" not in nodes_behind(convert(GPT(config), "moss_exact", skip=is_high_precision)(tokens, tokens)), "no fold, no fusion"
 
 
 def test_refusals() -> None:
