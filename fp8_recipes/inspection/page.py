@@ -12,6 +12,7 @@ from .. import __version__
 from ..metrics.alarms import Alarms
 from .plot import TITLES, plot_kurtosis, plot_loss, plot_scales
 from .read import ROLES, InspectError, RunLog, read_run
+from .turn import RISE, WINDOW, lowest, running_mean, turned
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; --bad: #b91c1c; --good: #2f6f4f; }
@@ -50,11 +51,12 @@ def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
 def render(runs: Sequence[RunLog], figures: dict[str, Path]) -> str:
     """The page's HTML."""
     title = "fp8_recipes: " + ", ".join(r.name for r in runs)
-    body = [f"<h1>{escape(', '.join(r.name for r in runs))}</h1>", f"<p>fp8_recipes {__version__}, fp8-recipes inspect</p>", _verdict(runs), _summary(runs)]
+    body = [f"<h1>{escape(', '.join(r.name for r in runs))}</h1>", f"<p>fp8_recipes {__version__}, fp8-recipes inspect</p>"]
+    body += [_verdict(runs), _order(runs), _summary(runs)]
     captions = {
         "kurtosis": "Kurtosis, mean(x^4) / mean(x^2)^2 per token, averaged over tokens: 3 for a Gaussian, larger with outliers. One line per layer, from dark "
         "(first) to light (last); black: their mean; red ring: alarm. Healthy growth slows down; what bends upward, QKV first, is a warning.",
-        "loss": "Loss and gradient norm. Dashed: the first alarm of the run in that colour.",
+        "loss": "Loss and gradient norm, a run in a colour. Dashed: its first alarm of kurtosis or non-finite values; dotted: its loss turned.",
         "scales": "Exponents of the FP8 scales over all layers, and the largest share of any layer's values that became zero, was clipped, or is turned into "
         "zero by the fold for wgrad. Where a fused kernel made the tensor, exact zeros count as flushed.",
     }
@@ -74,7 +76,7 @@ def _verdict(runs: Sequence[RunLog]) -> str:
         if not run.tensors:
             text, kind = "no metrics recorded, only the loss", ""
         elif run.alarms:
-            first = next((a for a in run.alarms if a["alarm"] in ("kurtosis", "nonfinite")), run.alarms[0])
+            first = run.first_alarm or run.alarms[0]
             count = "1 alarm" if len(run.alarms) == 1 else f"{len(run.alarms)} alarms"
             text, kind = f"{count}; {first['message']}", "bad"
         else:
@@ -117,6 +119,31 @@ def _summary(runs: Sequence[RunLog]) -> str:
             )
     header = ("run", "tensor", "steps", "last loss", "kurtosis at start", "kurtosis at end", "largest at end", "grows like")
     return "<h2>Summary</h2>" + _table(header, rows, 6)
+
+
+def _order(runs: Sequence[RunLog]) -> str:
+    """Which came first in each run, the alarm or the loss; nothing if no run had either."""
+    rows = []
+    for run in runs:
+        loss, alarm = run.scalars.get("loss", {}), run.first_alarm
+        low, turn = lowest(loss), turned(loss)
+        rows.append(
+            (
+                run.name,
+                "none" if alarm is None else f"{alarm['step']} ({alarm['name']}, {alarm['alarm']})",
+                "too few losses" if low is None else f"{running_mean(loss)[low]:.4f} at {low}",
+                "no" if turn is None else str(turn),
+                "-" if alarm is None or turn is None else f"{turn - alarm['step']:+d}",
+            )
+        )
+    if all(row[1] == "none" and row[3] == "no" for row in rows):
+        return ""
+    text = (
+        f"Loss: mean of the last {WINDOW}. It has turned where it stays more than {100 * RISE:.0f} % above its lowest so far, to the end of the run and for "
+        f"{WINDOW} steps at least. Alarms: of kurtosis or non-finite values."
+    )
+    header = ("run", "first alarm at step", "lowest loss", "turned at step", "steps of warning")
+    return "<h2>Alarm or loss first?</h2>" + _table(header, rows, 3) + f"<p>{escape(text)}</p>"
 
 
 def _mean(values: dict[int, float]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics.alarms import split_name
+from ..metrics.alarms import FATAL, split_name
 
 Series = dict[int, float]
 """Step -> value, in the order of steps."""
@@ -39,6 +39,11 @@ class RunLog:
     def last_step(self) -> int:
         series = [*self.scalars.values(), *(s for fields in self.tensors.values() for s in fields.values())]
         return max((max(s) for s in series if s), default=0)
+
+    @property
+    def first_alarm(self) -> dict[str, Any] | None:
+        """The first of `FATAL`: shares of flushed or saturated values may be beyond their thresholds from the start."""
+        return next((a for a in self.alarms if a["alarm"] in FATAL), None)
 
     def layers(self, tensor: str, what: str) -> dict[int, Series]:
         """Series of one field of one tensor, by layer, e.g. layers("qkv", "kurtosis")."""

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from .table import Reading
 
 KINDS = ("nonfinite", "kurtosis", "saturation", "flush", "fold_flush")
+FATAL = ("nonfinite", "kurtosis")
+"""Kinds that foresee a divergence, and may end a run; the others only warn."""
 _MEDIAN = 5
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from fp8_recipes.cli import main
 from fp8_recipes.inspection import InspectError, inspect, read_run
 from fp8_recipes.inspection.read import mean_over
+from fp8_recipes.inspection.turn import lowest, turned
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
 
@@ -26,18 +28,18 @@ def quantised(flush: float) -> dict[str, Any]:
     return tensor(5.0, flush_share=flush, saturation_share=0.0, fold_flush_share=0.001, scale_exponent_min=-9, scale_exponent_max=-6)
 
 
-def write_run(folder: Path, steps: int = 30, alarm: bool = True, fp8: bool = True) -> Path:
+def write_run(folder: Path, steps: int = 30, alarm: bool = True, fp8: bool = True, loss: Callable[[int], float] = lambda i: 5 - math.log(i)) -> Path:
     """A run of two layers: Megatron's iteration log and the metrics, as `IterationLog` and `JsonLines` write them."""
     folder.mkdir(parents=True)
     with (folder / "loss.jsonl").open("w") as stream:
         for i in range(1, steps + 1):
-            stream.write(json.dumps({"iteration": i, "lm_loss": 5 - math.log(i), "lm_loss_hex": "0x1", "grad_norm": 1.0 + 1 / i, "learning_rate": 1e-3}) + "\n")
+            stream.write(json.dumps({"iteration": i, "lm_loss": loss(i), "lm_loss_hex": "0x1", "grad_norm": 1.0 + 1 / i, "learning_rate": 1e-3}) + "\n")
     with (folder / "metrics.jsonl").open("w") as stream:
         for i in range(10, steps + 1, 10):
             tensors = {f"layers.{n}.{t}": tensor(3.0 * n + i / 10) for n in (1, 2) for t in ("qkv", "down_input", "block_output")}
             if fp8:
                 tensors |= {f"layers.{n}.mlp.linear_fc2.{role}": quantised(0.01 * n) for n in (1, 2) for role in ("input", "weight", "grad")}
-            stream.write(json.dumps({"kind": "metrics", "step": i, "loss": 5 - math.log(i), "tensors": tensors}) + "\n")
+            stream.write(json.dumps({"kind": "metrics", "step": i, "loss": loss(i), "tensors": tensors}) + "\n")
         if alarm:
             line = {"kind": "alarm", "step": 20, "alarm": "kurtosis", "name": "layers.2.qkv", "layer": 2, "tensor": "qkv", "value": 1.4, "threshold": 1.0}
             stream.write(json.dumps(line | {"message": "step 20, layer 2, qkv: kurtosis <8> & growing"}) + "\n")
@@ -167,3 +169,48 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert told in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "a"), "--out", str(tmp_path / "other.jsonl")]) == 2
     assert "name a folder" in capsys.readouterr().err
+
+
+def losses(*pieces: tuple[int, float]) -> dict[int, float]:
+    """(how many steps, loss) one after another, steps from 1."""
+    values = [loss for count, loss in pieces for _ in range(count)]
+    return dict(enumerate(values, start=1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "low", "step"),
+    [
+        (losses((40, 4.0), (60, 2.0)), 60, None),  # falls: lowest where the mean holds nothing but 2.0
+        (losses((40, 2.0), (60, 3.0)), 20, 43),  # (17 * 2 + 3 * 3) / 20 = 2.15 is the first mean above 1.05 * 2
+        (losses((40, 2.0), (30, 3.0), (40, 2.0)), 20, None),  # came back
+        (losses((40, 2.0), (60, 2.08)), 20, None),  # 4 % is no turn
+        (losses((40, 2.0), (21, 3.0)), 20, None),  # above for 19 steps, from 43 to 61
+        (losses((40, 2.0), (22, 3.0)), 20, 43),
+        (losses((40, 2.0), (20, math.nan)), 20, 41),
+        (losses((40, 2.0), (1, math.inf), (40, 2.0)), 20, None),
+        (losses((19, 2.0)), None, None),
+    ],
+)
+def test_a_loss_has_turned_where_its_mean_stays_above_its_lowest(loss: dict[int, float], low: int | None, step: int | None) -> None:
+    assert (lowest(loss), turned(loss)) == (low, step)
+
+
+def test_the_page_says_which_came_first_in_each_run(tmp_path: Path) -> None:
+    """Shares beyond their thresholds are no warning of a divergence: the table and the figure go by the first alarm of kurtosis or non-finite values."""
+    early = write_run(tmp_path / "early", steps=80, loss=lambda i: 2.0 if i <= 40 else 3.0)
+    late = write_run(tmp_path / "late", steps=80, loss=lambda i: 2.0 if i <= 20 else 3.0)
+    quiet = write_run(tmp_path / "quiet", alarm=False)
+    for folder in (early, late):
+        with (folder / "metrics.jsonl").open("a") as stream:
+            line = {"kind": "alarm", "step": 10, "alarm": "saturation", "name": "layers.1.mlp.linear_fc1.input", "layer": 1, "tensor": "mlp.linear_fc1.input"}
+            stream.write(json.dumps(line | {"value": 0.1, "threshold": 1e-5, "message": "step 10: saturated"}) + "\n")
+    page = inspect([early, late, quiet], tmp_path / "out").read_text()
+    table = page[page.index("Alarm or loss first?") : page.index("<h2>Summary")]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
+    assert rows == [
+        ["early", "20 (layers.2.qkv, kurtosis)", "2.0000 at 20", "43", "+23"],
+        ["late", "20 (layers.2.qkv, kurtosis)", "2.0000 at 20", "23", "+3"],
+        ["quiet", "none", f"{sum(5 - math.log(i) for i in range(11, 31)) / 20:.4f} at 30", "no", "-"],
+    ]
+    assert "early: 2 alarms; step 20, layer 2, qkv" in page
+    assert "Alarm or loss first?" not in inspect([quiet], tmp_path / "alone").read_text()
