@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import importlib.util
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +13,7 @@ from .. import __version__
 from ..metrics.alarms import Alarms
 from .plot import TITLES, plot_kurtosis, plot_loss, plot_scales
 from .read import ROLES, InspectError, RunLog, read_run
-from .turn import RISE, WINDOW, lowest, running_mean, turned
+from .turn import RISE, WINDOW, running_mean, turned
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; --bad: #b91c1c; --good: #2f6f4f; }
@@ -29,8 +30,8 @@ MAX_ALARMS = 50
 
 
 def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Read runs (folders or .jsonl files), write loss.png, kurtosis.png, scales.png and report.html into ``out`` (default: the first run's folder); returns
-    the page. Figures for which nothing was recorded are left out. Raises InspectError before it writes anything."""
+    """Read runs (folders or .jsonl files), write loss.png, kurtosis.png, scales.png, which_first.csv and report.html into ``out`` (default: the first run's
+    folder); returns the page. Figures for which nothing was recorded are left out. Raises InspectError before it writes anything."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InspectError("inspect draws with matplotlib: pip install matplotlib")
     runs = [run for path in paths for run in read_run(path)]
@@ -43,6 +44,11 @@ def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
         path = folder / f"{name}.png"
         if draw(path, runs):
             figures[name] = path
+    with (folder / "which_first.csv").open("w", newline="") as stream:
+        rows = which_first(runs)
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     page = folder / "report.html"
     page.write_text(render(runs, figures), encoding="utf-8")
     return page
@@ -52,7 +58,7 @@ def render(runs: Sequence[RunLog], figures: dict[str, Path]) -> str:
     """The page's HTML."""
     title = "fp8_recipes: " + ", ".join(r.name for r in runs)
     body = [f"<h1>{escape(', '.join(r.name for r in runs))}</h1>", f"<p>fp8_recipes {__version__}, fp8-recipes inspect</p>"]
-    body += [_verdict(runs), _order(runs), _summary(runs)]
+    body += [_verdict(runs), _which_first(runs), _summary(runs)]
     captions = {
         "kurtosis": "Kurtosis, mean(x^4) / mean(x^2)^2 per token, averaged over tokens: 3 for a Gaussian, larger with outliers. One line per layer, from dark "
         "(first) to light (last); black: their mean; red ring: alarm. Healthy growth slows down; what bends upward, QKV first, is a warning.",
@@ -121,29 +127,40 @@ def _summary(runs: Sequence[RunLog]) -> str:
     return "<h2>Summary</h2>" + _table(header, rows, 6)
 
 
-def _order(runs: Sequence[RunLog]) -> str:
-    """Which came first in each run, the alarm or the loss; nothing if no run had either."""
+def which_first(runs: Sequence[RunLog]) -> list[dict[str, str]]:
+    """Which came first in each run, the alarm or the loss: one row a run, "" for what is not there. Losses are means of `WINDOW`, in nats; warning: steps from
+    the alarm to the turn."""
     rows = []
     for run in runs:
         loss, alarm = run.scalars.get("loss", {}), run.first_alarm
-        low, turn = lowest(loss), turned(loss)
+        mean, turn = running_mean(loss), turned(loss)
+        low = min(mean, key=lambda step: mean[step], default=None)
         rows.append(
-            (
-                run.name,
-                "none" if alarm is None else f"{alarm['step']} ({alarm['name']}, {alarm['alarm']})",
-                "too few losses" if low is None else f"{running_mean(loss)[low]:.4f} at {low}",
-                "no" if turn is None else str(turn),
-                "-" if alarm is None or turn is None else f"{turn - alarm['step']:+d}",
-            )
+            {
+                "run": run.name,
+                "first_alarm": "" if alarm is None else str(alarm["step"]),
+                "alarm_of": "" if alarm is None else alarm["name"],
+                "lowest_at": "" if low is None else str(low),
+                "lowest_loss": "" if low is None else f"{mean[low]:.4f}",
+                "turned_at": "" if turn is None else str(turn),
+                "last_loss": "" if low is None else f"{list(mean.values())[-1]:.4f}",
+                "warning": "" if alarm is None or turn is None else f"{turn - alarm['step']:+d}",
+            }
         )
-    if all(row[1] == "none" and row[3] == "no" for row in rows):
+    return rows
+
+
+def _which_first(runs: Sequence[RunLog]) -> str:
+    """`which_first` as a table; nothing if no run had an alarm or a turn."""
+    rows = which_first(runs)
+    if not any(row["first_alarm"] or row["turned_at"] for row in rows):
         return ""
     text = (
-        f"Loss: mean of the last {WINDOW}. It has turned where it stays more than {100 * RISE:.0f} % above its lowest so far, to the end of the run and for "
-        f"{WINDOW} steps at least. Alarms: of kurtosis or non-finite values."
+        f"Losses: means of the last {WINDOW}. One has turned where it stays more than {100 * RISE:.0f} % above its lowest so far, to the end of the run and "
+        f"for {WINDOW} steps at least. Alarms: of kurtosis or non-finite values. Warning: steps from the alarm to the turn."
     )
-    header = ("run", "first alarm at step", "lowest loss", "turned at step", "steps of warning")
-    return "<h2>Alarm or loss first?</h2>" + _table(header, rows, 3) + f"<p>{escape(text)}</p>"
+    header = ("run", "first alarm at", "of", "loss lowest at", "lowest", "turned at", "last", "warning")
+    return "<h2>Alarm or loss first?</h2>" + _table(header, [[value or "-" for value in row.values()] for row in rows], 5) + f"<p>{escape(text)}</p>"
 
 
 def _mean(values: dict[int, float]) -> str:

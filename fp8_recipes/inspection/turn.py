@@ -19,12 +19,6 @@ def running_mean(loss: Series) -> Series:
     return {steps[i - 1]: sum(values[i - WINDOW : i]) / WINDOW for i in range(WINDOW, len(steps) + 1)}
 
 
-def lowest(loss: Series) -> int | None:
-    """Step at which the running mean was lowest, None if fewer than `WINDOW` losses are there."""
-    mean = running_mean(loss)
-    return min(mean, key=lambda step: mean[step]) if mean else None
-
-
 def turned(loss: Series) -> int | None:
     """The first step from which on, to the end of the run and over `WINDOW` recorded steps at least, the running mean is more than `RISE` above its lowest
     value so far. None if the loss did not turn, or came back."""

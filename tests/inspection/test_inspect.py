@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import pytest
 from fp8_recipes.cli import main
 from fp8_recipes.inspection import InspectError, inspect, read_run
 from fp8_recipes.inspection.read import mean_over
-from fp8_recipes.inspection.turn import lowest, turned
+from fp8_recipes.inspection.turn import turned
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
 
@@ -109,7 +110,7 @@ def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b<c", alarm=False)
     path = inspect([a, b], tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"
-    assert sorted(p.name for p in path.parent.iterdir()) == ["kurtosis.png", "loss.png", "report.html", "scales.png"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["kurtosis.png", "loss.png", "report.html", "scales.png", "which_first.csv"]
     text = path.read_text()
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     page = Page(text)
@@ -178,21 +179,21 @@ def losses(*pieces: tuple[int, float]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("loss", "low", "step"),
+    ("loss", "step"),
     [
-        (losses((40, 4.0), (60, 2.0)), 60, None),  # falls: lowest where the mean holds nothing but 2.0
-        (losses((40, 2.0), (60, 3.0)), 20, 43),  # (17 * 2 + 3 * 3) / 20 = 2.15 is the first mean above 1.05 * 2
-        (losses((40, 2.0), (30, 3.0), (40, 2.0)), 20, None),  # came back
-        (losses((40, 2.0), (60, 2.08)), 20, None),  # 4 % is no turn
-        (losses((40, 2.0), (21, 3.0)), 20, None),  # above for 19 steps, from 43 to 61
-        (losses((40, 2.0), (22, 3.0)), 20, 43),
-        (losses((40, 2.0), (20, math.nan)), 20, 41),
-        (losses((40, 2.0), (1, math.inf), (40, 2.0)), 20, None),
-        (losses((19, 2.0)), None, None),
+        (losses((40, 4.0), (60, 2.0)), None),
+        (losses((40, 2.0), (60, 3.0)), 43),  # (17 * 2 + 3 * 3) / 20 = 2.15 is the first mean above 1.05 * 2
+        (losses((40, 2.0), (30, 3.0), (40, 2.0)), None),  # came back
+        (losses((40, 2.0), (60, 2.08)), None),  # 4 % is no turn
+        (losses((40, 2.0), (21, 3.0)), None),  # above for 19 steps, from 43 to 61
+        (losses((40, 2.0), (22, 3.0)), 43),
+        (losses((40, 2.0), (20, math.nan)), 41),
+        (losses((40, 2.0), (1, math.inf), (40, 2.0)), None),
+        (losses((19, 2.0)), None),
     ],
 )
-def test_a_loss_has_turned_where_its_mean_stays_above_its_lowest(loss: dict[int, float], low: int | None, step: int | None) -> None:
-    assert (lowest(loss), turned(loss)) == (low, step)
+def test_a_loss_has_turned_where_its_mean_stays_above_its_lowest(loss: dict[int, float], step: int | None) -> None:
+    assert turned(loss) == step
 
 
 def test_the_page_says_which_came_first_in_each_run(tmp_path: Path) -> None:
@@ -207,10 +208,13 @@ def test_the_page_says_which_came_first_in_each_run(tmp_path: Path) -> None:
     page = inspect([early, late, quiet], tmp_path / "out").read_text()
     table = page[page.index("Alarm or loss first?") : page.index("<h2>Summary")]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
+    quiet_loss = f"{sum(5 - math.log(i) for i in range(11, 31)) / 20:.4f}"
     assert rows == [
-        ["early", "20 (layers.2.qkv, kurtosis)", "2.0000 at 20", "43", "+23"],
-        ["late", "20 (layers.2.qkv, kurtosis)", "2.0000 at 20", "23", "+3"],
-        ["quiet", "none", f"{sum(5 - math.log(i) for i in range(11, 31)) / 20:.4f} at 30", "no", "-"],
+        ["early", "20", "layers.2.qkv", "20", "2.0000", "43", "3.0000", "+23"],
+        ["late", "20", "layers.2.qkv", "20", "2.0000", "23", "3.0000", "+3"],
+        ["quiet", "-", "-", "30", quiet_loss, "-", quiet_loss, "-"],
     ]
+    with (tmp_path / "out" / "which_first.csv").open(newline="") as stream:
+        assert [[value or "-" for value in row.values()] for row in csv.DictReader(stream)] == rows
     assert "early: 2 alarms; step 20, layer 2, qkv" in page
     assert "Alarm or loss first?" not in inspect([quiet], tmp_path / "alone").read_text()

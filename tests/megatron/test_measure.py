@@ -16,6 +16,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
 
+from fp8_recipes.megatron import metrics  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = f"""#!{sys.executable}
 # Stands in for python: notes a training's flags and writes the logs that the scripts read; the rest goes to the real interpreter.
@@ -82,4 +84,7 @@ def test_megatron_takes_the_flags_and_every_table_is_written(configure, monkeypa
         if "--cross-entropy-loss-fusion" in part.command:
             assert args.cross_entropy_loss_fusion
         assert not (args.moe_router_fusion and args.moe_router_padding_for_quantization), "dies in backward: docs/megatron.md"
+        if args.fp8_metrics_interval and args.fp8_metrics_log != "/dev/null":
+            judged = args.train_iters - metrics._warmup(args)
+            assert judged > args.train_iters / 2, "a run whose rate warms up to its end would raise no alarm"
     assert measure.keep(part, out, tmp_path / "tables") == [table.target for table in part.tables]
