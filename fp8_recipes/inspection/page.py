@@ -62,7 +62,8 @@ def render(runs: Sequence[RunLog], figures: dict[str, Path]) -> str:
     captions = {
         "kurtosis": "Kurtosis, mean(x^4) / mean(x^2)^2 per token, averaged over tokens: 3 for a Gaussian, larger with outliers. One line per layer, from dark "
         "(first) to light (last); black: their mean; red ring: alarm. Healthy growth slows down; what bends upward, QKV first, is a warning.",
-        "loss": "Loss and gradient norm, a run in a colour. Dashed: its first alarm of kurtosis or non-finite values; dotted: its loss turned.",
+        "loss": f"Loss, mean of the last {WINDOW} (pale: every step), and gradient norm, a run in a colour. Dashed: its first alarm of kurtosis or non-finite "
+        "values; dotted: its loss turned.",
         "scales": "Exponents of the FP8 scales over all layers, and the largest share of any layer's values that became zero, was clipped, or is turned into "
         "zero by the fold for wgrad. Where a fused kernel made the tensor, exact zeros count as flushed.",
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .read import ROLES, SHARES, RunLog, Series, mean_over
-from .turn import turned
+from .turn import running_mean, turned
 
 COLOURS = ("#1f5fa8", "#c2410c", "#2f855a", "#7b3fa0", "#8a6d1a", "#475569")
 ALARM = "#b91c1c"
@@ -59,7 +59,7 @@ def _limits(values: list[float]) -> tuple[float, float] | None:
 
 
 def plot_loss(path: Path, runs: Sequence[RunLog]) -> bool:
-    """Loss above gradient norm, every run in its colour, its first alarm dashed, its turn dotted. False if no run has a loss."""
+    """Loss and its running mean above gradient norm, every run in its colour, its first alarm dashed, its turn dotted. False if no run has a loss."""
     if not any(r.scalars.get("loss") for r in runs):
         return False
     with_norm = any(r.scalars.get("grad_norm") for r in runs)
@@ -69,16 +69,20 @@ def plot_loss(path: Path, runs: Sequence[RunLog]) -> bool:
         loss = run.scalars.get("loss", {})
         if not loss:
             continue
-        _draw(axes[0], loss, color=colour, linewidth=1.2, label=f"{run.name}   last {list(loss.values())[-1]:.4f}")
+        mean = running_mean(loss)
+        label = f"{run.name}   last {list((mean or loss).values())[-1]:.4f}"
+        if mean:
+            _draw(axes[0], loss, color=colour, linewidth=0.8, alpha=0.25)
+        _draw(axes[0], mean or loss, color=colour, linewidth=1.4, label=label)
         if run.scalars.get("grad_norm"):
             _draw(axes[1], run.scalars["grad_norm"], color=colour, linewidth=0.9)
-        marks = {"first alarm": run.first_alarm["step"] if run.first_alarm else None, "loss turned": turned(loss)}
-        for height, (text, step) in enumerate(marks.items()):
+        alarm, turn = run.first_alarm, turned(loss)
+        for text, step, style in (("first alarm", alarm and alarm["step"], (0, (3, 2))), ("loss turned", turn, ":")):
             if step is None:
                 continue
             for axis in axes:
-                axis.axvline(step, color=colour, linestyle=((0, (3, 2)), ":")[height], linewidth=1.1)
-            place = {"xycoords": ("data", "axes fraction"), "xytext": (4, -12 - 11 * height), "textcoords": "offset points"}
+                axis.axvline(step, color=colour, linestyle=style, linewidth=1.1)
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (4, -12 * (len(axes[0].texts) + 1)), "textcoords": "offset points"}
             axes[0].annotate(f"{text}, step {step}", (step, 1.0), color=colour, fontsize=8, **place)
     limits = _limits([v for r in runs for v in r.scalars.get("loss", {}).values()])
     if limits:
