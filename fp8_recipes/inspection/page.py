@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import csv
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..metrics.alarms import Alarms
@@ -27,6 +28,7 @@ th { font-weight: 600; color: var(--muted); } td.n, th.n { text-align: right; fo
 """
 MAX_ALARMS = 50
 """Alarms listed; the rest are counted."""
+_KINDS_OF_TENSORS = {"qkv": ("qkv", "q", "kv"), "down_input": ("down_input", "shared_down_input"), "block_output": ("block_output",)}
 
 
 def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
@@ -83,7 +85,7 @@ def _verdict(runs: Sequence[RunLog]) -> str:
         if not run.tensors:
             text, kind = "no metrics recorded, only the loss", ""
         elif run.alarms:
-            first = run.first_alarm or run.alarms[0]
+            first = next(iter(run.foreseeing), run.alarms[0])
             count = "1 alarm" if len(run.alarms) == 1 else f"{len(run.alarms)} alarms"
             text, kind = f"{count}; {first['message']}", "bad"
         else:
@@ -129,26 +131,27 @@ def _summary(runs: Sequence[RunLog]) -> str:
 
 
 def which_first(runs: Sequence[RunLog]) -> list[dict[str, str]]:
-    """Which came first in each run, the alarm or the loss: one row a run, "" for what is not there. Losses are means of `WINDOW`, in nats; warning: steps from
-    the alarm to the turn."""
+    """Which came first in each run, an alarm or the loss: one row a run, steps and losses (means of `WINDOW`, nats), "" for what is not there."""
     rows = []
     for run in runs:
-        loss, alarm = run.scalars.get("loss", {}), run.first_alarm
-        mean, turn = running_mean(loss), turned(loss)
+        mean, turn = running_mean(run.scalars.get("loss", {})), turned(run.scalars.get("loss", {}))
         low = min(mean, key=lambda step: mean[step], default=None)
         rows.append(
             {
                 "run": run.name,
-                "first_alarm": "" if alarm is None else str(alarm["step"]),
-                "alarm_of": "" if alarm is None else alarm["name"],
+                "first_alarm": _first(run.foreseeing),
+                **{f"{kind}_alarm": _first(a for a in run.foreseeing if a["tensor"] in tensors) for kind, tensors in _KINDS_OF_TENSORS.items()},
                 "lowest_at": "" if low is None else str(low),
                 "lowest_loss": "" if low is None else f"{mean[low]:.4f}",
                 "turned_at": "" if turn is None else str(turn),
                 "last_loss": "" if low is None else f"{list(mean.values())[-1]:.4f}",
-                "warning": "" if alarm is None or turn is None else f"{turn - alarm['step']:+d}",
             }
         )
     return rows
+
+
+def _first(alarms: Iterable[dict[str, Any]]) -> str:
+    return str(next((a["step"] for a in alarms), ""))
 
 
 def _which_first(runs: Sequence[RunLog]) -> str:
@@ -157,11 +160,11 @@ def _which_first(runs: Sequence[RunLog]) -> str:
     if not any(row["first_alarm"] or row["turned_at"] for row in rows):
         return ""
     text = (
-        f"Losses: means of the last {WINDOW}. One has turned where it stays more than {100 * RISE:.0f} % above its lowest so far, to the end of the run and "
-        f"for {WINDOW} steps at least. Alarms: of kurtosis or non-finite values. Warning: steps from the alarm to the turn."
+        "Steps of the first alarm of kurtosis or non-finite values, of any tensor and of those watched. Losses: means of the last "
+        f"{WINDOW}. One has turned where it stays more than {100 * RISE:.0f} % above its lowest so far, to the end of the run and for {WINDOW} steps at least."
     )
-    header = ("run", "first alarm at", "of", "loss lowest at", "lowest", "turned at", "last", "warning")
-    return "<h2>Alarm or loss first?</h2>" + _table(header, [[value or "-" for value in row.values()] for row in rows], 5) + f"<p>{escape(text)}</p>"
+    header = ("run", "first alarm", "QKV's", "down input's", "block output's", "loss lowest at", "lowest", "turned at", "last")
+    return "<h2>Alarm or loss first?</h2>" + _table(header, [[value or "-" for value in row.values()] for row in rows], 8) + f"<p>{escape(text)}</p>"
 
 
 def _mean(values: dict[int, float]) -> str:

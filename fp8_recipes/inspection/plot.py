@@ -76,8 +76,8 @@ def plot_loss(path: Path, runs: Sequence[RunLog]) -> bool:
         _draw(axes[0], mean or loss, color=colour, linewidth=1.4, label=label)
         if run.scalars.get("grad_norm"):
             _draw(axes[1], run.scalars["grad_norm"], color=colour, linewidth=0.9)
-        alarm, turn = run.first_alarm, turned(loss)
-        for text, step, style in (("first alarm", alarm and alarm["step"], (0, (3, 2))), ("loss turned", turn, ":")):
+        alarm = next((a["step"] for a in run.foreseeing), None)
+        for text, step, style in (("first alarm", alarm, (0, (3, 2))), ("loss turned", turned(loss), ":")):
             if step is None:
                 continue
             for axis in axes:

@@ -41,9 +41,9 @@ class RunLog:
         return max((max(s) for s in series if s), default=0)
 
     @property
-    def first_alarm(self) -> dict[str, Any] | None:
-        """The first of `FATAL`: shares of flushed or saturated values may be beyond their thresholds from the start."""
-        return next((a for a in self.alarms if a["alarm"] in FATAL), None)
+    def foreseeing(self) -> list[dict[str, Any]]:
+        """Alarms of `FATAL` kinds: shares of flushed or saturated values may be beyond their thresholds from the start."""
+        return [a for a in self.alarms if a["alarm"] in FATAL]
 
     def layers(self, tensor: str, what: str) -> dict[int, Series]:
         """Series of one field of one tensor, by layer, e.g. layers("qkv", "kurtosis")."""

@@ -205,16 +205,18 @@ def test_the_page_says_which_came_first_in_each_run(tmp_path: Path) -> None:
         with (folder / "metrics.jsonl").open("a") as stream:
             line = {"kind": "alarm", "step": 10, "alarm": "saturation", "name": "layers.1.mlp.linear_fc1.input", "layer": 1, "tensor": "mlp.linear_fc1.input"}
             stream.write(json.dumps(line | {"value": 0.1, "threshold": 1e-5, "message": "step 10: saturated"}) + "\n")
+            line = {"kind": "alarm", "step": 30, "alarm": "kurtosis", "name": "layers.1.block_output", "layer": 1, "tensor": "block_output"}
+            stream.write(json.dumps(line | {"value": 1.2, "threshold": 1.0, "message": "step 30: grows"}) + "\n")
     page = inspect([early, late, quiet], tmp_path / "out").read_text()
     table = page[page.index("Alarm or loss first?") : page.index("<h2>Summary")]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
     quiet_loss = f"{sum(5 - math.log(i) for i in range(11, 31)) / 20:.4f}"
     assert rows == [
-        ["early", "20", "layers.2.qkv", "20", "2.0000", "43", "3.0000", "+23"],
-        ["late", "20", "layers.2.qkv", "20", "2.0000", "23", "3.0000", "+3"],
-        ["quiet", "-", "-", "30", quiet_loss, "-", quiet_loss, "-"],
+        ["early", "20", "20", "-", "30", "20", "2.0000", "43", "3.0000"],
+        ["late", "20", "20", "-", "30", "20", "2.0000", "23", "3.0000"],
+        ["quiet", "-", "-", "-", "-", "30", quiet_loss, "-", quiet_loss],
     ]
     with (tmp_path / "out" / "which_first.csv").open(newline="") as stream:
         assert [[value or "-" for value in row.values()] for row in csv.DictReader(stream)] == rows
-    assert "early: 2 alarms; step 20, layer 2, qkv" in page
+    assert "early: 3 alarms; step 20, layer 2, qkv" in page
     assert "Alarm or loss first?" not in inspect([quiet], tmp_path / "alone").read_text()
