@@ -104,6 +104,32 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert replace(TINY, steps=1).lr(0) == config.peak_lr
 
 
+def test_gpu_demo_starts_calmly() -> None:
+    """The demo's depth, but narrow: with an embedding of std 0.02 like every other matrix this first gradient has a norm of 5.6, five times the clip (105 on text
+    at full width, and the loss bounces). The bound is the clip: the step is taken whole."""
+    demo, tokens = setup("cuda"), torch.randint(0, 256, (4, 129), generator=torch.Generator().manual_seed(1))
+    assert demo.gpt.embedding_std == 1.0 and demo.gpt.init_std == 0.02 and setup("cpu").gpt.embedding_std == 0.0
+    gpt = replace(demo.gpt, width=256, heads=4, seq=128)
+    models, norms = [], []
+    for config in (gpt, replace(gpt, embedding_std=0.0)):
+        torch.manual_seed(0)
+        models.append(GPT(config))
+        loss = models[-1](tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log(256), abs=0.1)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in models[-1].parameters() if p.grad is not None])))
+    assert norms[0] < demo.clip < 0.2 * norms[1]
+    differing = [name for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True) if not torch.equal(a, b)]
+    assert differing == ["embedding.weight"] and models[0].embedding.weight.std().item() == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["fog-max", "fog-opt", "fog-flash", "op"])
+def test_embedding_multipliers_stay_in_the_gpu_demo(name: str) -> None:
+    gpt = replace(setup("cuda", arch=ARCHITECTURES[name]).gpt, layers=1, width=64, heads=2)
+    model = GPT(gpt)
+    assert model.multiplier == 50.0 and model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_batches_are_windows_of_the_text(text: Text) -> None:
     x, y = next(batches(text.train, TINY))
     assert x.shape == y.shape == (2, 32) and x.dtype == torch.int64

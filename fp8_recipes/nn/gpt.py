@@ -22,7 +22,8 @@ from .mlp import can_fuse, fp8_mlp
 @dataclass(frozen=True)
 class GPTConfig:
     """Shape of the model. ffn: inner width of a gated FFN, 0 means 8/3 of the width, rounded up to a multiple of 128; the architecture widens it where it has
-    no gate. kv_heads: heads of keys and values, 0 means as many as of queries. init_std: standard deviation of initial weights."""
+    no gate. kv_heads: heads of keys and values, 0 means as many as of queries. init_std: standard deviation of initial weights.
+    embedding_std: the embedding's, 0 means as the others."""
 
     vocab: int = 256
     layers: int = 2
@@ -33,6 +34,7 @@ class GPTConfig:
     rope_base: float = 10_000.0
     kv_heads: int = 0
     init_std: float = 0.02
+    embedding_std: float = 0.0
     arch: Architecture = LLAMA3
 
     def __post_init__(self) -> None:
@@ -175,7 +177,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.multiplier = config.arch.embedding_multiplier(config.init_std)
+        self.multiplier = config.arch.embedding_multiplier(config.embedding_std or config.init_std)
         self.norm = RMSNorm(config.width) if config.arch.final_norm else nn.Identity()
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         self.register_buffer("rope", rotary_table(config.seq, config.head, config.rope_base), persistent=False)
@@ -183,12 +185,14 @@ class GPT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal(0, init_std) for every matrix; the two projections onto the residual stream are smaller by sqrt(2 * layers), unless a post-norm follows them:
-        it would undo that, and small branches would drown in its eps. Gains keep their values."""
+        it would undo that, and small branches would drown in its eps. The embedding has embedding_std where that is given. Gains keep their values."""
         depth = 1.0 if self.config.arch.post_norm else (2 * self.config.layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=self.config.init_std / depth if residual else self.config.init_std)
+        if self.config.embedding_std:
+            nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if tokens.shape[1] > self.config.seq:
