@@ -105,8 +105,8 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_gpu_demo_starts_calmly() -> None:
-    """The demo's depth, but narrow: with an embedding of std 0.02 like every other matrix this first gradient has a norm of 5.6, five times the clip (105 on text
-    at full width, and the loss bounces). The bound is the clip: the step is taken whole."""
+    """The demo's depth, but narrow: with an embedding of std 0.02, as every other matrix, this first gradient has a norm of 5.6, five times the clip (105 on
+    text at full width, and the loss bounces). The bound is the clip: the step is taken whole."""
     demo, tokens = setup("cuda"), torch.randint(0, 256, (4, 129), generator=torch.Generator().manual_seed(1))
     assert demo.gpt.embedding_std == 1.0 and demo.gpt.init_std == 0.02 and setup("cpu").gpt.embedding_std == 0.0
     gpt = replace(demo.gpt, width=256, heads=4, seq=128)
