@@ -3,10 +3,8 @@
 # each with a bf16 run of the same settings beside it, and draws all of them on one page.
 #
 #   scripts/divergence_megatron.sh OUT_DIR [MODEL+RECIPE[@LR]...]
-#   LR=4e-3 STEPS=400 scripts/divergence_megatron.sh out llama3_150m+bf16 llama3_150m+fog llama3_150m+fog@8e-3 fog_150m+fog@8e-3
-#   PARALLEL=5 CUDA_VISIBLE_DEVICES=0 scripts/divergence_megatron.sh out ...        # five runs at a time on GPU 0; 0,1: in turn (without it: one GPU a run)
-#   EXTRA="--lr-decay-style constant --lr-warmup-fraction 0.99 --fp8-alarm-warmup 100" scripts/divergence_megatron.sh out ...
-#       a rate that rises through the whole run, to LR: whatever a model bears is crossed somewhere. Without the last flag kurtosis would not be judged.
+#   LR=1.2e-3 EXTRA="--lr-decay-style constant" scripts/divergence_megatron.sh out llama3_150m+bf16 llama3_150m+fog llama3_150m+fog@1.8e-3 fog_150m+fog@1.8e-3
+#   PARALLEL=6 CUDA_VISIBLE_DEVICES=0 scripts/divergence_megatron.sh out ...        # six runs at a time on GPU 0; 0,1: in turn (without it: one GPU a run)
 #
 # Same text, seed and data order for all. Makes OUT_DIR/text.bin from this machine's package sources unless DATA names a dataset prefix. Writes a folder
 # OUT_DIR/MODEL_RECIPE for each run (with _LR, if the run has its own; loss.jsonl, metrics.jsonl, log) and OUT_DIR/report.html. INTERVAL: steps between

@@ -171,11 +171,12 @@ PARTS = [
     # Bytes: the head of these stays in bf16, so that nothing but blocks is judged, and nearly all of the time is theirs. 765 steps are 100.3 M tokens.
     loss("loss-fog-flash", 9, f"{BLOCKS} START=300 MODEL=fog_150m", "bf16 fog", "loss_fog_150m_common_start"),
     loss("loss-fog-max", 9, f"{BLOCKS} START=300 MODEL=fog_max_150m", "bf16 fog", "loss_fog_max_150m_common_start"),
-    # The rate rises through the whole run, because nobody knows at which one Llama3 goes wrong; three ramps, so that in one of them it does so after kurtosis
-    # can be judged and before the end. Small batches, for many steps; short sequences, for many documents in each.
-    Part("divergence", 4, 'PARALLEL=5 CUDA_VISIBLE_DEVICES=0 STEPS=700 TEXT_MB=40 EXTRA="--seq-length 1024 --max-position-embeddings 1024 '
-         '--micro-batch-size 8 --global-batch-size 8 --lr-decay-style constant --lr-warmup-fraction 0.99 --fp8-alarm-warmup 100" '
-         "scripts/divergence_megatron.sh OUT llama3_150m+fog@2.5e-3 llama3_150m+bf16@2.5e-3 fog_150m+fog@2.5e-3 llama3_150m+fog@1.25e-3 llama3_150m+fog@5e-3",
+    # Constant rates, each half as high again as the last: too low a rate does no harm in the time, at too high a one the loss turns before kurtosis can be
+    # judged. Small batches, for many steps; short sequences, for many documents in each.
+    Part("divergence", 4, 'PARALLEL=8 CUDA_VISIBLE_DEVICES=0 STEPS=800 TEXT_MB=40 EXTRA="--seq-length 512 --max-position-embeddings 512 '
+         '--micro-batch-size 8 --global-batch-size 8 --lr-decay-style constant --lr-warmup-fraction 0.12" '
+         "scripts/divergence_megatron.sh OUT llama3_150m+fog@8e-4 llama3_150m+fog@1.2e-3 llama3_150m+fog@1.8e-3 llama3_150m+fog@2.7e-3 "
+         "llama3_150m+bf16@1.2e-3 fog_150m+fog@1.2e-3 fog_150m+fog@1.8e-3 fog_150m+fog@2.7e-3",
          [Table("which_first.csv", "divergence.csv"), Table("kurtosis.png", "divergence_kurtosis.png"), Table("loss.png", "divergence_loss.png")]),
     loss("loss-llama3", 6, f"{BLOCKS} MODEL=llama3_150m", "bf16", "loss_llama3_150m"),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from .read import ROLES, SHARES, RunLog, Series, mean_over
 from .turn import running_mean, turned
 
-COLOURS = ("#1f5fa8", "#c2410c", "#2f855a", "#7b3fa0", "#8a6d1a", "#475569")
+COLOURS = ("#1f5fa8", "#c2410c", "#2f855a", "#7b3fa0", "#8a6d1a", "#475569", "#be3a7c", "#0e7c86")
 ALARM = "#b91c1c"
 _ROLE_COLOURS = {"input": "#1f5fa8", "weight": "#2f855a", "grad": "#c2410c"}
 TITLES = {

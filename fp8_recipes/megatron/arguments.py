@@ -102,8 +102,6 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument("--fp8-metrics-interval", metavar="N", type=int, default=0, help=every)
         group.add_argument("--fp8-metrics-log", metavar="PATH", default=None, help="append the metrics as JSON lines, for fp8-recipes inspect")
         group.add_argument("--fp8-alarm", choices=("warn", "stop"), default="warn", help="an alarm of the metrics warns, or saves and ends the run")
-        group.add_argument("--fp8-alarm-warmup", metavar="N", type=int, default=None,
-                           help="iterations in which kurtosis raises no alarm; default: the learning rate's warm-up, at least 100")  # fmt: skip
     fog_arguments.extend_parser(parser)
     attention_arguments.extend_parser(parser)
     return parser

@@ -3,8 +3,7 @@
     metrics.install(model, args)      after the model is built (with the optimizer, see `weight_scaling_hook`)
     metrics.install_training_log()    once: `after_step` runs after every iteration, on every rank
 
-Flags (set by `arguments`): ``fp8_metrics_interval`` (0 = off), ``fp8_metrics_log`` (path of the JSON lines), ``fp8_alarm`` ("warn" or "stop"),
-``fp8_alarm_warmup`` (iterations in which kurtosis is not judged).
+Flags (set by `arguments`): ``fp8_metrics_interval`` (0 = off), ``fp8_metrics_log`` (path of the JSON lines), ``fp8_alarm`` ("warn" or "stop").
 TensorBoard and Weights & Biases get the same numbers if Megatron was given ``--tensorboard-dir`` or ``--wandb-project``.
 
 Watched: output of linear_qkv, input of the FFN's linear_fc2 (dense, experts), output of the layer; under FP8 every input, weight and gradient of the linears.
@@ -184,10 +183,7 @@ def install(model: Any, args: Any) -> RunMetrics | None:
 
 
 def _warmup(args: Any) -> int:
-    """Steps in which kurtosis is not judged: as told, else the learning rate's warm-up, however it was given, and at least the default."""
-    told = getattr(args, "fp8_alarm_warmup", None)
-    if told is not None:
-        return int(told)
+    """Steps in which kurtosis is not judged: the learning rate's warm-up, however it was given, and at least the default."""
 
     def number(name: str) -> float:
         return getattr(args, name, None) or 0
@@ -203,17 +199,14 @@ def _stops(args: Any) -> bool:
 
 def check(args: Any) -> None:
     """Raise RecipeError, naming the flag and the way out, where the metrics cannot be right."""
-    interval, warmup = getattr(args, "fp8_metrics_interval", 0) or 0, getattr(args, "fp8_alarm_warmup", None)
+    interval = getattr(args, "fp8_metrics_interval", 0) or 0
     if interval < 0:
         raise RecipeError(f"--fp8-metrics-interval {interval}: must be 0 (off) or a number of iterations")
     if interval == 0:
-        flags = (("--fp8-metrics-log", getattr(args, "fp8_metrics_log", None)), ("--fp8-alarm stop", _stops(args)), ("--fp8-alarm-warmup", warmup is not None))
-        idle = [flag for flag, given in flags if given]
+        idle = [flag for flag, given in (("--fp8-metrics-log", getattr(args, "fp8_metrics_log", None)), ("--fp8-alarm stop", _stops(args))) if given]
         if idle:
             raise RecipeError(f"{', '.join(idle)} does nothing without --fp8-metrics-interval N (10, say); add it or drop the flag")
         return
-    if warmup is not None and warmup < 1:
-        raise RecipeError(f"--fp8-alarm-warmup {warmup}: must be at least 1 iteration")
     graphs = getattr(args, "cuda_graph_impl", "none")
     if graphs not in (None, "none"):
         raise RecipeError(f"--cuda-graph-impl {graphs}: a replayed graph calls no hooks, so the metrics would miss it; use --fp8-metrics-interval 0 with it")
