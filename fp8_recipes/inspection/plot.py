@@ -63,32 +63,29 @@ def plot_loss(path: Path, runs: Sequence[RunLog]) -> bool:
     if not any(r.scalars.get("loss") for r in runs):
         return False
     with_norm = any(r.scalars.get("grad_norm") for r in runs)
-    figure = _figure(9, 5.6 if with_norm else 4.2)
+    figure = _figure(9, (5.8 if with_norm else 4.4) + 0.2 * (len(runs) // 2))
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1)) if with_norm else [figure.subplots()]
     for run, colour in zip(runs, _colours(runs), strict=True):
         loss = run.scalars.get("loss", {})
         if not loss:
             continue
         mean = running_mean(loss)
-        label = f"{run.name}   last {list((mean or loss).values())[-1]:.4f}"
+        marks = (("alarm", next((a["step"] for a in run.foreseeing), None), (0, (3, 2))), ("turned", turned(loss), ":"))
+        label = f"{run.name}   last {list((mean or loss).values())[-1]:.4f}" + "".join(f", {text} at {step}" for text, step, _ in marks if step is not None)
         if mean:
             _draw(axes[0], loss, color=colour, linewidth=0.8, alpha=0.25)
         _draw(axes[0], mean or loss, color=colour, linewidth=1.4, label=label)
         if run.scalars.get("grad_norm"):
             _draw(axes[1], run.scalars["grad_norm"], color=colour, linewidth=0.9)
-        alarm = next((a["step"] for a in run.foreseeing), None)
-        for text, step, style in (("first alarm", alarm, (0, (3, 2))), ("loss turned", turned(loss), ":")):
-            if step is None:
-                continue
-            for axis in axes:
-                axis.axvline(step, color=colour, linestyle=style, linewidth=1.1)
-            place = {"xycoords": ("data", "axes fraction"), "xytext": (4, -12 * (len(axes[0].texts) + 1)), "textcoords": "offset points"}
-            axes[0].annotate(f"{text}, step {step}", (step, 1.0), color=colour, fontsize=8, **place)
+        for axis in axes:
+            for _, step, style in marks:
+                if step is not None:
+                    axis.axvline(step, color=colour, linestyle=style, linewidth=1.1)
     limits = _limits([v for r in runs for v in r.scalars.get("loss", {}).values()])
     if limits:
         axes[0].set_ylim(*limits)
     axes[0].set_ylabel("loss, nats")
-    axes[0].legend(frameon=False, loc="upper right", fontsize=9)
+    figure.legend(frameon=False, loc="outside lower center", ncols=min(2, len(runs)), fontsize=9)
     if with_norm:
         axes[1].set_ylabel("gradient norm")
         axes[1].set_yscale("log")
