@@ -86,7 +86,7 @@ def test_a_step_run_again_after_a_rollback_replaces_what_was_seen() -> None:
     [
         ("layers.2.mlp.down.input", {"saturated": 1}, "saturation"),
         ("layers.2.mlp.down.input", {"flushed": 11}, "flush"),
-        ("layers.2.mlp.down.grad", {"flushed": 51}, "flush"),
+        ("layers.2.mlp.down.grad", {"flushed": 501}, "flush"),
         ("layers.2.mlp.down.input", {"fold_flushed": 11}, "fold_flush"),
         ("layers.2.block_output", {"nonfinite": 1}, "nonfinite"),
     ],
@@ -116,8 +116,8 @@ def test_a_share_that_hovers_around_its_threshold_is_told_once() -> None:
 
 def test_gradients_may_flush_more_and_only_activations_have_a_kurtosis_alarm() -> None:
     alarms = Alarms(Thresholds(patience=1))
-    assert alarms.judge(1, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=49)}) == []
-    assert alarms.judge(2, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=51)}) != []
+    assert alarms.judge(1, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=499)}) == []
+    assert alarms.judge(2, {"layers.2.mlp.down.grad": replace(HEALTHY, flushed=501)}) != []
     assert run(lambda t: 1.01**t, name="layers.2.mlp.down.grad") == []
 
 
@@ -131,7 +131,7 @@ def test_qkv_comes_first() -> None:
 
 
 def test_what_several_layers_share_is_one_line_and_one_layer_is_told_as_it_is() -> None:
-    alarms = Alarms(Thresholds(patience=1))
+    alarms = Alarms(Thresholds(patience=1, grad_flush_share=0.05))
     flushed = {1: 278, 2: 300, 3: 940, 6: 100}
     readings = {f"layers.{n}.mlp.fc1.grad": replace(HEALTHY, fold_flushed=count) for n, count in flushed.items()}
     readings |= {"layers.4.qkv": replace(HEALTHY, nonfinite=2), "output_layer.grad": replace(HEALTHY, flushed=237)}
