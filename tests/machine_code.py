@@ -58,7 +58,9 @@ def listings(script: str) -> list[tuple[dict[str, Any], list[str]]]:
     """(what `show` was told and found, lines of the listing) of every kernel that the script shows."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), str(Path(__file__).parents[1]), env.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    with tempfile.TemporaryDirectory() as cache:  # what was compiled before, without this tree's passes perhaps, is no evidence
+        env["TRITON_CACHE_DIR"] = cache
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     parts = (part.splitlines() for part in done.stdout.split(MARK)[1:])
     return [(json.loads(head), lines) for head, *lines in parts]

@@ -6,6 +6,7 @@ it a tile of 128 x 256 takes 250 instructions more per thread, half of an epilog
 
 `compiling` adds the pass behind Triton's own for Hopper, through Triton's hook for compiler stages, while one of these kernels is compiled and only then. Ends
 when Triton runs the pass on Hopper itself. A Triton without the hook or the pass compiles the kernels as they are: the same results, a little later.
+Triton 3.6 does not see the pass in its cache's key, so a kernel that something else has compiled without it (never `launch`) is taken from there as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _lock = threading.Lock()
 _KNOWN = hasattr(knobs.runtime, "add_stages_inspection_hook") and hasattr(passes.ttgpuir, "add_optimize_accumulator_init")
 KERNELS = ("_gemm_kernel", "_grouped_gemm_kernel", "_grouped_wgrad_kernel")
 HOPPER = 90
+_KEY = "fp8_recipes.first_product"
 
 
 def _optimized(stage: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -38,9 +40,14 @@ def _optimized(stage: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return run
 
 
-def _add_pass(backend: Any, stages: dict[str, Any], options: Any, language: Any, capability: Any) -> None:
+def _add_pass(*asked: Any) -> tuple[str, str] | None:
+    """The hook. asked: backend, stages, options, language, capability; a Triton newer than 3.6 also asks with nothing, for a part of its cache's key."""
+    if not asked:
+        return _KEY, _KEY
+    _, stages, _, _, capability = asked
     if capability == HOPPER and "ttgir" in stages:
         stages["ttgir"] = _optimized(stages["ttgir"])
+    return None
 
 
 @contextmanager
