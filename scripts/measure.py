@@ -151,7 +151,7 @@ PARTS = [
           "llama3_8l_8b+tensorwise fog_8l_8b+moss:attention=fp8,weight_cache=row llama3_8l_8b+delayed",
           "megatron_fog_8b.csv", by_model),
     # Iterations 14 to 43: three whole intervals of 10, after the first observed one has compiled its kernels.
-    speed("metrics-cost", 4, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS} {NO_WAITS}"', f'moss "moss {WATCHED} 10" moss "moss {WATCHED} 10"',
+    speed("metrics-cost", 5, f'STEPS=43 WARMUP=13 PERIOD=10 EXTRA="{FUSED_LOSS} {NO_WAITS}"', f'moss "moss {WATCHED} 10" moss "moss {WATCHED} 10"',
           "megatron_metrics_cost.csv"),
     script("moe-layer", 3, "scripts/bench_moe.py --csv OUT", "moe_bench.csv"),
     script("moe-ablation", 2, 'scripts/bench_moe.py --ablation --shapes V2-Lite "V3, 8 local experts" --csv OUT', "moe_ablation.csv"),

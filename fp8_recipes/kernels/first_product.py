@@ -58,12 +58,13 @@ def compiling(kernel: Any, constants: dict[str, Any]) -> Iterator[None]:
 
     (Whatever another thread compiles for Hopper at the same moment gets the pass too. It changes no result.)
     """
-    if not _KNOWN or kernel.__name__ not in KERNELS or constants.get("ACCUMULATE") or knobs.runtime.add_stages_inspection_hook is not None:
+    if not _KNOWN or kernel.__name__ not in KERNELS or constants.get("ACCUMULATE"):
         yield
         return
     with _lock:
-        knobs.runtime.add_stages_inspection_hook = _add_pass
+        theirs = knobs.runtime.add_stages_inspection_hook
+        knobs.runtime.add_stages_inspection_hook = theirs or _add_pass
         try:
             yield
         finally:
-            knobs.runtime.add_stages_inspection_hook = None
+            knobs.runtime.add_stages_inspection_hook = theirs

@@ -14,8 +14,8 @@ The other thresholds are shares of the finite non-zero elements of a tensor in o
 * non-finite elements: any, at once.
 * saturation: 1e-5, the 0.001 % above which FP8-LM (arXiv 2310.18313) halves its scale, at once. A measured scale never saturates; under a predicted one
   any saturation means that the bound was broken; under delayed scaling some is normal.
-* flush share: 1 % of an activation or weight, half of a gradient. A gradient's rows hold values of many sizes (the parts of Q and K beside that of V), of
-  which the least are lost without harm: up to 21 % of one in a healthy run (docs/metrics.md), and 25 % in its fold.
+* flush share: 1 % of an activation or weight, half of a gradient. A gradient's rows hold values of many sizes (the parts of Q and K beside that of V): a
+  healthy run lost up to 21 % of one, and 25 % of another in the fold (docs/metrics.md).
 * fold flushes (what the fold for wgrad turns into zero): the same two. Flushes of either kind count after ``patience`` observed steps in a row.
 
 An alarm is raised once and again only after its value has fallen below half of the threshold, so that one that hovers does not fill the log.
