@@ -16,16 +16,14 @@ import sys
 from typing import Any
 
 from ..recipe import RecipeError
+from ..te.attention import cudnn_version, dots, wrong
 from . import delayed_state
 
 # The limits of TransformerEngine's FP8 attention on Hopper, and where upstream states them: [1] get_attention_backend in TransformerEngine 2.20.2
 # (pytorch/attention/dot_product_attention/utils.py), [2] nvte_get_fused_attn_backend before 2.20 (common/fused_attn/fused_attn.cpp; 2.20 asks cuDNN instead),
-# [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3]. cuDNN itself is 9.12 or newer:
-# TransformerEngine refuses to be imported with another, and what older ones cannot do needs no rule here.
+# [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3]. Which cuDNN is right: te.attention.
 HEAD = 128
 """Features per head, of queries, keys and values [2, 3]: the backward pass takes no other, the forward pass up to 256."""
-DETERMINISTIC = (9, 19, 0)
-"""First cuDNN whose backward pass TransformerEngine takes for deterministic [1]."""
 HISTORY = 1024
 """Steps whose maxima delayed scaling looks at, as in the paper; TransformerEngine's algorithm "max"."""
 
@@ -99,7 +97,9 @@ def _checked(args: argparse.Namespace, spec: str) -> list[str]:
     problems = refused(args)
     if problems:
         raise RecipeError(f"FP8 attention (--fp8-recipe {spec}) cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
-    return ["attention: QK^T and PV in FP8, forward and backward (TransformerEngine, cuDNN, delayed scaling)"]
+    version = cudnn_version()
+    cudnn = f"cuDNN {dots(version)}" if version else "cuDNN"
+    return [f"attention: QK^T and PV in FP8, forward and backward (TransformerEngine, {cudnn}, delayed scaling)"]
 
 
 def refused(args: argparse.Namespace) -> list[str]:
@@ -160,16 +160,10 @@ def _features(args: argparse.Namespace) -> list[tuple[Any, str]]:
 
 
 def _environment(args: argparse.Namespace) -> list[tuple[Any, str]]:
-    version = cudnn_version() or (99,)
-    repeatable = args.deterministic_mode or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+    reason = wrong(cudnn_version())
     off = [f"{name}={os.environ[name]}" for name, values in _OFF.items() if os.environ.get(name) in values]
     return [
-        (
-            repeatable and version < DETERMINISTIC,
-            f"--deterministic-mode / NVTE_ALLOW_NONDETERMINISTIC_ALGO=0: cuDNN {_dots(version)} has no deterministic FP8 attention, "
-            f"{_dots(DETERMINISTIC)} does; if a newer one is installed beside it, "
-            "docs/megatron.md says how to have TransformerEngine load it",
-        ),
+        (reason, reason or ""),
         (off, f"{', '.join(off)} in the environment turns FP8 attention off, or half of it; unset it"),
     ]
 
@@ -193,21 +187,3 @@ def _own(args: argparse.Namespace) -> list[tuple[Any, str]]:
         ),
         (getattr(args, "te_precision_config_file", None), "--te-precision-config-file: not tried with FP8 attention; drop the flag"),
     ]
-
-
-def cudnn_version() -> tuple[int, int, int] | None:
-    """(major, minor, patch) of the cuDNN that TransformerEngine runs, 9.12 or newer by its own check; None on a machine without a GPU.
-
-    Not `torch.backends.cudnn.version`, which raises where the cuDNN that is loaded is older than the one torch was compiled with; TransformerEngine runs there.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    from transformer_engine.pytorch.utils import get_cudnn_version
-
-    return get_cudnn_version()
-
-
-def _dots(version: tuple[int, ...] | None) -> str:
-    return ".".join(map(str, version or ()))

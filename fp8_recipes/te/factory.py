@@ -15,6 +15,7 @@ from transformer_engine.pytorch.quantization import DelayedScalingRequest
 
 from .. import ops
 from ..recipe import Recipe, RecipeError, from_name
+from .attention import cudnn_version, wrong
 from .quantizers import FP8Quantizer
 from .shims import install
 
@@ -70,6 +71,8 @@ def _build(value: Recipe) -> FP8Recipe | DelayedScaling:
     if not value.quantize:
         raise RecipeError(f"recipe {value.name!r} quantises nothing: run without te.autocast instead")
     fp8_attention, hybrid = value.attention == "fp8", value.grad == "e5m2"
+    if fp8_attention and (reason := wrong(cudnn_version())):
+        raise RecipeError(f"recipe {value.name!r} with FP8 attention cannot run: {reason}")
     if value.stock:
         return DelayedScaling(
             fp8_format=TEFormat.HYBRID if hybrid else TEFormat.E4M3, amax_history_len=HISTORY, amax_compute_algo="max", fp8_dpa=fp8_attention

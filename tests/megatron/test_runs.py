@@ -1,4 +1,4 @@
-"""What the tests of Megatron training on a GPU share (megatron_runs.py), without a GPU: which resumes cuDNN cannot do, and when losses count as near."""
+"""What the tests of Megatron training on a GPU share (megatron_runs.py), without a GPU: which cuDNN cannot, and when losses count as near."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fp8_recipes.megatron import attention_arguments  # noqa: E402
 
 
 @pytest.mark.parametrize(("version", "skipped"), [((9, 14, 0), True), ((9, 18, 1), True), ((9, 19, 0), False), ((9, 20, 1), False), (None, False)])
-def test_resume_with_fp8_attention_is_skipped_exactly_where_the_launcher_refuses_it(monkeypatch, version, skipped):
+def test_fp8_attention_is_skipped_exactly_where_the_launcher_refuses_it(monkeypatch, version, skipped):
     monkeypatch.setattr(attention_arguments, "cudnn_version", lambda: version)
     if not skipped:
-        megatron_runs.skip_without_repeatable_fp8_attention()
+        megatron_runs.skip_without_right_cudnn()
         return
-    with pytest.raises(pytest.skip.Exception, match=rf"cuDNN {version[0]}\.{version[1]}\.{version[2]}; .* needs 9\.19\.0"):
-        megatron_runs.skip_without_repeatable_fp8_attention()
+    with pytest.raises(pytest.skip.Exception, match=rf"cuDNN {version[0]}\.{version[1]}\.{version[2]}: .* 9\.19\.0 is the first"):
+        megatron_runs.skip_without_right_cudnn()
 
 
 def losses(**changed: float) -> dict[int, float]:

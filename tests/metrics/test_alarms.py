@@ -52,6 +52,15 @@ def test_departure_from_logarithmic_growth_is_seen_early_and_named() -> None:
     assert later[0].step == alarm.step + 10  # QKV has one observation less to wait
 
 
+def test_the_down_projections_input_is_judged_from_a_higher_level_on() -> None:
+    """Grows like the square of the steps: past 10 at 320, past 100 at 1000."""
+
+    def curve(t: int) -> float:
+        return t * t / 1e4
+
+    assert [run(curve, f"layers.3.{tensor}")[0].step for tensor in ("block_output", "down_input", "mlp.shared_down_input")] == [340, 1020, 1020]
+
+
 def test_alarm_comes_again_only_after_it_has_ceased() -> None:
     def curve(t: int) -> float:
         return 20 * (4 if 1000 < t <= 1100 or t > 3000 else 1)

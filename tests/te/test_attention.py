@@ -1,4 +1,4 @@
-"""FP8 attention in the recipe objects that TransformerEngine gets. That cuDNN then runs it is tested in tests/megatron/test_fog_training.py."""
+"""FP8 attention in the recipe objects that TransformerEngine gets, and what cuDNN then returns. That it is run: tests/megatron/test_fog_training.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from transformer_engine.pytorch.quantization import CustomRecipeState, DelayedSc
 from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer  # noqa: E402
 
 from fp8_recipes import te  # noqa: E402
-from fp8_recipes.te import shims  # noqa: E402
+from fp8_recipes.recipe import RecipeError  # noqa: E402
+from fp8_recipes.te import attention, factory, shims  # noqa: E402
 from fp8_recipes.te.quantizers import FP8Quantizer  # noqa: E402
 
 
@@ -51,6 +52,52 @@ def test_fog_is_transformer_engines_own_delayed_scaling(spec, formats, attention
     recipe = te.recipe(spec)
     assert recipe.delayed() and recipe.fp8_format == formats and recipe.fp8_dpa == attention and not recipe.fp8_mha
     assert (recipe.amax_history_len, recipe.amax_compute_algo, recipe.margin) == (1024, "max", 0)
+
+
+def test_a_cudnn_that_is_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr(factory, "cudnn_version", lambda: (9, 14, 0))
+    for spec in ("moss:attention=fp8,interval=77", "fog:grad=e4m3"):
+        with pytest.raises(RecipeError, match=r"FP8 attention cannot run: cuDNN 9\.14\.0: .* 9\.19\.0 is the first"):
+            te.recipe(spec)
+    assert te.recipe("moss:interval=77") and te.recipe("fog:attention=bf16,grad=e4m3")
+
+
+def causal(q, k, v, dy):
+    """Output and gradients of causal attention in fp32; q, dy: [sequence, batch, heads, 128], k, v: with a divisor of the heads."""
+    leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    repeats = (1, q.shape[2] // k.shape[2], q.shape[2] // k.shape[2])
+    per_head = [x.permute(1, 2, 0, 3).repeat_interleave(n, dim=1) for x, n in zip(leaves, repeats, strict=True)]
+    y = torch.nn.functional.scaled_dot_product_attention(*per_head, is_causal=True).permute(2, 0, 1, 3)
+    y.backward(dy.float())
+    return [y.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["fog", "moss:attention=fp8"])
+@pytest.mark.parametrize(("batch", "sequence", "heads", "groups"), [(8, 512, 8, 4), (32, 512, 8, 8), (32, 2048, 8, 4), (2, 4096, 32, 8)])
+def test_fp8_attention_is_right_at_every_call(spec, batch, sequence, heads, groups):
+    """dB against fp32. cuDNN 9.14 is right where few heads and batches run at once, and from call to call differently wrong where many do."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if reason := attention.wrong(attention.cudnn_version()):
+        pytest.skip(reason)
+    from transformer_engine.pytorch import DotProductAttention
+
+    gen = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dy = (
+        torch.randn(sequence, batch, n, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for n in (heads, groups, groups, heads)
+    )  # fmt: skip
+    expected = causal(q, k, v, dy)
+    module = DotProductAttention(heads, 128, num_gqa_groups=groups, attn_mask_type="causal", qkv_format="sbhd", attention_dropout=0.0)
+    for call in range(6):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with autocast(enabled=True, recipe=te.recipe(spec)):
+            y = module(*leaves)
+        y.backward(dy.view(y.shape))
+        found = [y.detach().view(dy.shape), *(x.grad for x in leaves)]
+        snr = [float(20 * torch.log10(want.norm() / (got.float() - want).norm())) for got, want in zip(found, expected, strict=True)]
+        if call >= 2:  # the first two casts have scales made of no maxima
+            assert all(db > least for db, least in zip(snr, (23, 17, 17, 19), strict=True)), f"call {call}: o, dq, dk, dv at {snr} dB"
 
 
 class Scaled(torch.autograd.Function):
