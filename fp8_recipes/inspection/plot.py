@@ -92,7 +92,7 @@ def plot_loss(path: Path, runs: Sequence[RunLog]) -> bool:
     axes[-1].set_xlabel("step")
     for axis in axes:
         _tidy(axis)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")  # a legend of long names is wider than the figure
     return True
 
 
