@@ -95,8 +95,14 @@ def calibrate(step: dict[str, Any], rewind: Any) -> int:
     found = delayed_state.tensors(model)
     for name, tensor in kept.items():
         found[name].copy_(tensor)
-    state = "until no scale moved by more than a quarter" if moved <= STILL else f"and scales still move by a factor of {moved:.3g}"
-    report.say(f"fp8_recipes: delayed scaling had no maxima: measured on the first iteration's microbatches in {passes} passes that train nothing, {state}")
+    found_in = f"delayed scaling had no maxima: measured on the first iteration's microbatches in {passes} passes that train nothing"
+    if moved <= STILL:
+        report.say(f"fp8_recipes: {found_in}, until no scale moved by more than a quarter")
+    else:
+        report.say(
+            f"fp8_recipes: WARNING: {found_in}, and scales still move by a factor of {moved:.3g}: some kernel returns other values for the same input, "
+            "or the model is at a start where the smallest rounding decides; the first steps cast with what was found last"
+        )
     return passes
 
 
