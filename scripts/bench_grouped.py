@@ -23,7 +23,7 @@ from benchmark import timed, write
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
-from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig
+from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig, is_wide
 from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
 from fp8_recipes.reference import grouped as reference
 from fp8_recipes.reference.grouped import GroupedTensor
@@ -51,6 +51,7 @@ SWEEP: dict[str, GroupedConfig] = {
     "128x256 s3 sub4 add (wgrad)": replace(WIDE, store="add", subtiles=4),
     "128x256 s3 sub4 reduce (wgrad)": replace(WIDE, store="reduce", subtiles=4),
     "128x256 s4 sub4 (wgrad)": replace(WIDE, stages=4, subtiles=4),
+    "128x256 s2 (wgrad)": replace(WIDE, stages=2),
 }
 Rows = list[dict[str, object]]
 Run = Callable[[int], object]
@@ -147,8 +148,10 @@ def check_wgrad(experts: int, rows: int, k: int, n: int, fmt: Format) -> Rows:
         (torch.float32, True, 0, 45.0),
         (torch.float32, True, 256, 56.0),
         (torch.float32, False, 0, 45.0),
+        (torch.float32, False, 256, 56.0),
         (torch.bfloat16, True, 256, 45.0),
         (torch.bfloat16, False, 0, 45.0),
+        (torch.bfloat16, False, 256, 45.0),
     ):
         before = torch.randn(experts, n, k, device="cuda").to(dtype) if accumulate else torch.full((experts, n, k), torch.nan, device="cuda", dtype=dtype)
         want = reference.grouped_wgrad(a_t, b_t, groups.offsets, out=before.float().clone(), accumulate=accumulate)
@@ -232,7 +235,9 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
     if configs is not None:
         adding = {name: c for name, c in configs.items() if c.shared_bytes(4, c.store == "add") <= SHARED}
         found = {f"{name}, +fp32": lambda i, c=c: ours(i, 2048, c) for name, c in adding.items()}  # as training promotes
-        return found | {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
+        found |= {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
+        promoted = {name: c for name, c in configs.items() if c == SMALL or c.subtiles == WIDE.subtiles and is_wide(c)}
+        return found | {f"{name}, bf16 promoted": lambda i, c=c: ours(i, 1024, c, False) for name, c in promoted.items()}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]
     halves = [tuple(torch.randn(c, rows, device="cuda", dtype=torch.bfloat16) for c in (n, k)) for _ in range(SETS)]

@@ -32,7 +32,11 @@ def show(
     options: num_warps and others of Triton. multiples: arguments that are multiples of 16, all but floats unless given."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    if type(kernel).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
 
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, other) for n in names}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+import torch
+import triton
+
 from .common import cdiv
 from .gemm_configs import GemmConfig
 
@@ -57,3 +60,14 @@ def adding(config: GroupedConfig) -> GroupedConfig:
 def promoting(config: GroupedConfig) -> GroupedConfig:
     """For sums that are promoted in registers: what the second accumulator spills lives in the cache that shared memory leaves, so narrow slices."""
     return replace(config, subtiles=4) if config is WIDE else config
+
+
+def is_wide(config: GroupedConfig | None) -> bool:
+    """Does ``config``, if there is one, name the tile of `grouped_promoted`?"""
+    return config is None or (config.block_m, config.block_n, config.warps) == (WIDE.block_m, WIDE.block_n, WIDE.warps)
+
+
+@functools.cache
+def has_gluon(device: torch.device) -> bool:
+    """Can `grouped_promoted`, written in Triton's experimental Gluon, run on ``device``? On Hopper, with the version of Triton that it was written for."""
+    return device.type == "cuda" and triton.__version__.startswith("3.6.") and torch.cuda.get_device_capability(device)[0] == 9

@@ -11,7 +11,8 @@ is written, or added to, by one program in a fixed order: two runs give the same
 
 Promotion in wgrad: a group is a dozen K blocks long, so the epilogue is not rare, and a second accumulator for promotion, which a 128 x 256 tile has no
 registers for, is spilled at every tile. Where the result is added into fp32 (main_grad) the total is therefore kept there: after `promote` rows of a long group
-the tile is added to main_grad and starts again from zero. Short groups, the common case, run as if there were no promotion.
+the tile is added to main_grad and starts again from zero. Short groups, the common case, run as if there were no promotion. Where nothing is added and TMA
+writes the result, half of the total is in shared memory (`grouped_promoted`). What is left (added into bf16, scattered, unaligned) takes the 128 x 128 tile.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .common import INTERPRETED, cdiv, check_device, fetch, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _ALIGNMENT, _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, GroupedConfig, adding, promoting, select_config, storing
+from .grouped_configs import SMALL, GroupedConfig, adding, has_gluon, is_wide, promoting, select_config, storing
 from .launch import launch, matrix_descriptor
 
 
@@ -166,12 +167,7 @@ def _grouped_wgrad_kernel(
     blocks = tl.where(e < experts, tl.maximum((beyond - first) // BLOCK_K, 1), 0)
     steps = tl.sum(blocks * (_tiles_below((e + 1) * per_expert, PROGRAMS) - _tiles_below(e * per_expert, PROGRAMS)))
     tile = tl.program_id(0) - PROGRAMS
-    m0 = 0
-    n0 = 0
-    expert = 0
-    row = 0
-    k = 0
-    last = 0
+    m0, n0, expert, row, k, last = 0, 0, 0, 0, 0, 0
     finish = 0  # the block after which the tile is written: the last one, or none
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PROMOTE > 1 and not IN_OUT:
@@ -341,6 +337,7 @@ def grouped_wgrad(
     multiples of 128. out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (main_grad), overwritten or, with accumulate=True, added
     to (in fp32, rounded once). Tensors that lie one after the other, in either direction, are written like one (by TMA); others through a table of addresses.
     Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
+    promote > 128 without accumulate, into what TMA can write: `grouped_promoted`, on Hopper with Triton 3.6, unless config names a tile other than 128 x 256.
     """
     check_wgrad_operands(a_t, b_t, offsets)
     (n, rows), k, experts, device = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0], a_t.device
@@ -353,11 +350,17 @@ def grouped_wgrad(
     programs = _multiprocessors(device)
     promote = promote if promote < rows else 0
     in_out = accumulate and first.dtype == torch.float32 and promote > BLOCK_K
+    aligned_run = order != 0 and _takes_tma(first, k)
+    if promote > BLOCK_K and not accumulate and aligned_run and is_wide(config) and has_gluon(device):
+        from .grouped_promoted import promoted_wgrad  # Gluon is no part of older Tritons
+
+        promoted_wgrad(a_t, b_t, offsets, first, order, promote, config, programs)
+        return out
     if config is None:  # a total in registers beside the accumulator fits the small tile only
         config = SMALL if promote > BLOCK_K and not in_out else select_config(experts * n, k, programs)
         config = adding(config) if accumulate and first.dtype == torch.float32 else storing(config, first.element_size(), accumulate)
     # A TMA box that crosses an expert's last output row would write into the next expert.
-    by_tma = order != 0 and _takes_tma(first, k) and n % config.block_m == 0
+    by_tma = aligned_run and n % config.block_m == 0
     store = "tma" if by_tma else "pointer"
     if accumulate and first.dtype == torch.float32 and config.store != "add":
         store = config.store if by_tma else "atomic"

@@ -70,7 +70,7 @@ def _specialize(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
                 key.append("i64" if arg % 16 else "i64 x 16")
         elif kind is float or arg is None:
             key.append(kind)
-        elif kind is TensorDescriptor:
+        elif kind.__name__ == "TensorDescriptor":  # Triton's or Gluon's, whose layout follows from dtype and block
             key += (arg.base.dtype, *arg.block_shape)
         else:
             raise TypeError(f"cannot launch a kernel with a run-time argument of type {kind.__name__}; pass it as a constant")

@@ -60,6 +60,15 @@ def test_specialisation():
         key("word")
 
 
+def test_specialisation_of_gluons_descriptors():
+    gluon = pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
+    layout = import_module("triton.experimental.gluon.language").NVMMASharedLayout(128, 8, 2)
+    bases = [torch.zeros(2, 32, dtype=dtype) for dtype in (torch.uint8, torch.int8)]
+    made = [gluon.TensorDescriptor.from_tensor(base, [rows, 16], layout) for base in bases for rows in (1, 2)]
+    keys, values = zip(*(module._specialize((d,)) for d in made), strict=True)
+    assert len(set(map(tuple, keys))) == 4 and [v[0] is d for v, d in zip(values, made, strict=True)] == [True] * 4
+
+
 def test_matrix_descriptor():
     """The first of a shape and the later ones are what Triton makes; what does not start on 16 bytes is refused by both."""
     base = torch.zeros(64 * 128 + 16, dtype=torch.uint8)
