@@ -137,7 +137,7 @@ def write_losses(runs: dict[str, dict[int, float]], window: int, csv_path: str |
 
 
 def plot(runs: dict[str, dict[int, float]], path: str | Path) -> None:
-    """Loss over steps, and below it the deviation of each run from the first in percent (running mean)."""
+    """Loss over steps, and below it, if there are several runs, the deviation of each from the first in percent (running mean)."""
     try:
         import matplotlib
     except ImportError as error:
@@ -145,8 +145,10 @@ def plot(runs: dict[str, dict[int, float]], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (curve, deviation) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), gridspec_kw={"height_ratios": [2, 1]})
-    baseline = next(iter(runs))
+    baseline, several = next(iter(runs)), len(runs) > 1
+    heights = [4, 2] if several else [4]
+    figure, panels = pyplot.subplots(len(heights), 1, sharex=True, squeeze=False, figsize=(8, sum(heights)), gridspec_kw={"height_ratios": heights})
+    curve, lowest = panels[0, 0], panels[-1, 0]  # the deviation's panel, if there is one
     for name, losses in runs.items():
         steps = list(losses)
         (line,) = curve.plot(steps, [losses[s] for s in steps], label=name, linewidth=1)
@@ -154,12 +156,13 @@ def plot(runs: dict[str, dict[int, float]], path: str | Path) -> None:
             relative = [100 * (losses[s] / runs[baseline][s] - 1) for s in steps]
             width = max(1, len(steps) // 50)
             means = [math.fsum(relative[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(relative))]
-            deviation.plot(steps, means, color=line.get_color(), linewidth=1)
+            lowest.plot(steps, means, color=line.get_color(), linewidth=1)
     curve.set_ylabel("loss")
     curve.legend()
-    deviation.axhline(0.0, color="black", linewidth=0.5)
-    deviation.set_ylabel(f"% from {baseline}")
-    deviation.set_xlabel("step")
+    if several:
+        lowest.axhline(0.0, color="black", linewidth=0.5)
+        lowest.set_ylabel(f"% from {baseline}")
+    lowest.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

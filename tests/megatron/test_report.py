@@ -185,7 +185,11 @@ def test_loss_summary_csv_and_plot(tmp_path, capsys):
     assert "| moss | 100 | 0.05511 | +0.1000 | 0.100 |" in capsys.readouterr().out
     assert len((tmp_path / "loss.csv").read_text().splitlines()) == 101
     assert (tmp_path / "loss_summary.csv").exists()
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    both = (tmp_path / "loss.png").read_bytes()
+    parse_log.main(["loss", "--png", str(tmp_path / "loss.png"), f"bf16={tmp_path / 'bf16.jsonl'}"])
+    alone = (tmp_path / "loss.png").read_bytes()
+    heights = [int.from_bytes(png[20:24], "big") for png in (both, alone)]
+    assert both[:4] == alone[:4] == b"\x89PNG" and heights[1] < heights[0], "no empty panel under a single run"
 
 
 def test_cost_of_work_in_every_tenth_iteration_is_in_the_mean_over_a_period(tmp_path):
