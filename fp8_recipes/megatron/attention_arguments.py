@@ -24,6 +24,8 @@ from . import delayed_state
 # [3] cudnn-frontend 1.32 (node/sdpa_fp8_bwd.h), whose checks 2.20 runs. Any whole ratio of query to key heads is taken [3]. Which cuDNN is right: te.attention.
 HEAD = 128
 """Features per head, of queries, keys and values [2, 3]: the backward pass takes no other, the forward pass up to 256."""
+BOUNDED = ("rmsnorm_frozen", "tanh")
+"""What of `Architecture.qk` keeps attention's logits below a bound that does not move."""
 HISTORY = 1024
 """Steps whose maxima delayed scaling looks at, as in the paper; TransformerEngine's algorithm "max"."""
 
@@ -99,7 +101,20 @@ def _checked(args: argparse.Namespace, spec: str) -> list[str]:
         raise RecipeError(f"FP8 attention (--fp8-recipe {spec}) cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
     version = cudnn_version()
     cudnn = f"cuDNN {dots(version)}" if version else "cuDNN"
-    return [f"attention: QK^T and PV in FP8, forward and backward (TransformerEngine, {cudnn}, delayed scaling)"]
+    return [f"attention: QK^T and PV in FP8, forward and backward (TransformerEngine, {cudnn}, delayed scaling)", *_unbounded(args)]
+
+
+def _unbounded(args: argparse.Namespace) -> list[str]:
+    """A warning where nothing keeps queries and keys small. A norm with trained gains does not: OLMo2 and OP diverged in FOG's paper (arXiv 2505.20524)."""
+    from .fog_arguments import architecture_of
+
+    architecture = architecture_of(args)
+    if architecture is not None and architecture.qk in BOUNDED:
+        return []
+    return [
+        "WARNING: FP8 attention, and nothing in this architecture bounds queries and keys: Llama3 diverged like this (docs/metrics.md, \"Does the metric warn "
+        "first?\"). --fog flash, opt and max bear it; otherwise leave attention in bf16, or watch --fp8-metrics-log"
+    ]
 
 
 def refused(args: argparse.Namespace) -> list[str]:

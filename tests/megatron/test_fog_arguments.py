@@ -137,6 +137,17 @@ class TestAttention:
         if "fog" in flags.split("--fp8-recipe")[1]:
             assert (built.amax_history_len, built.amax_compute_algo, built.margin, str(built.fp8_format.name)) == (1024, "max", 0, "HYBRID")
 
+    @pytest.mark.parametrize(
+        ("flags", "bounded"), [("--fog flash", True), ("--fog max", True), ("--swiglu --qk-bound rmsnorm", False), ("--arch olmo2", False), ("--swiglu", False)]
+    )
+    def test_queries_and_keys_without_a_bound_are_warned_of(self, parse, plain, flags, bounded):
+        from fp8_recipes.megatron import attention_arguments
+
+        for recipe in ("fog", "moss:attention=fp8"):
+            notes = attention_arguments.prepare(parse(f"--fp8-recipe {recipe} {HEADS_OF_128} {flags}", base=plain))
+            assert any("nothing in this architecture bounds queries and keys" in note for note in notes) != bounded
+        assert attention_arguments.prepare(parse(f"--fp8-recipe moss {HEADS_OF_128} {flags}", base=plain)) == []
+
     def test_explicit_history_stays(self, configure, plain):
         args, _ = configure(f"--fp8-recipe fog --fp8-amax-history-len 16 {HEADS_OF_128}", base=plain)
         assert args.fp8_amax_history_len == 16 and args.fp8_amax_compute_algo == "max"
