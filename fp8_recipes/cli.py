@@ -59,15 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="draw loss, kurtosis and FP8 scales of finished or running trainings, with a one-page report")
     inspect.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folder with a run's .jsonl files, or one such file; several are drawn side by side")
     inspect.add_argument("--out", type=Path, default=None, help="folder for report.html and the PNGs (default: the first RUN)")
+    inspect.add_argument("--judge", action="store_true", help="judge kurtosis again by this version's thresholds, instead of the alarms in the log")
     commands.add_parser("recipes", help="list the named recipes")
     return parser
 
 
-def _inspect(runs: list[Path], out: Path | None) -> int:
+def _inspect(runs: list[Path], out: Path | None, judge: bool) -> int:
     from .inspection import InspectError, inspect
 
     try:
-        page = inspect(runs, out)
+        page = inspect(runs, out, judge)
     except InspectError as error:
         print(f"fp8-recipes: {error}", file=sys.stderr)
         return 2
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<12} {describe(recipe)}")
         return 0
     if arguments.command == "inspect":
-        return _inspect(arguments.run, arguments.out)
+        return _inspect(arguments.run, arguments.out, arguments.judge)
     from .demo import DemoError
     from .demo_report import run_demo
 

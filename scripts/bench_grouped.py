@@ -236,7 +236,7 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         adding = {name: c for name, c in configs.items() if c.shared_bytes(4, c.store == "add") <= SHARED}
         found = {f"{name}, +fp32": lambda i, c=c: ours(i, 2048, c) for name, c in adding.items()}  # as training promotes
         found |= {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
-        promoted = {name: c for name, c in configs.items() if c == SMALL or c.subtiles == WIDE.subtiles and is_wide(c)}
+        promoted = {name: c for name, c in configs.items() if c == SMALL or c.stages <= 3 and is_wide(c)}
         return found | {f"{name}, bf16 promoted": lambda i, c=c: ours(i, 1024, c, False) for name, c in promoted.items()}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]

@@ -177,7 +177,8 @@ PARTS = [
          '--micro-batch-size 8 --global-batch-size 8 --lr-decay-style constant --lr-warmup-fraction 0.08" '
          "scripts/divergence_megatron.sh OUT llama3_150m+fog@9e-4 llama3_150m+fog@1.2e-3 llama3_150m+fog@1.6e-3 llama3_150m+fog@2.2e-3 "
          "llama3_150m+fog@3.2e-3 llama3_150m+bf16@1.6e-3 fog_150m+fog@1.6e-3 fog_150m+fog@3.2e-3",
-         [Table("which_first.csv", "divergence.csv"), Table("kurtosis.png", "divergence_kurtosis.png"), Table("loss.png", "divergence_loss.png")]),
+         [Table("which_first.csv", "divergence.csv"), Table("readings.csv", "divergence_readings.csv"),
+          Table("kurtosis.png", "divergence_kurtosis.png"), Table("loss.png", "divergence_loss.png")]),
     loss("loss-llama3", 6, f"{BLOCKS} MODEL=llama3_150m", "bf16", "loss_llama3_150m"),
 ]  # fmt: skip
 BY_NAME = {part.name: part for part in PARTS}

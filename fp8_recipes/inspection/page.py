@@ -13,7 +13,7 @@ from typing import Any
 from .. import __version__
 from ..metrics.alarms import Alarms
 from .plot import TITLES, plot_kurtosis, plot_loss, plot_scales
-from .read import ROLES, InspectError, RunLog, read_run
+from .read import ROLES, WATCHED, InspectError, RunLog, judge_again, mean_over, read_run
 from .turn import RISE, WINDOW, running_mean, turned
 
 _STYLE = """
@@ -31,12 +31,15 @@ MAX_ALARMS = 50
 _KINDS_OF_TENSORS = {"qkv": ("qkv", "q", "kv"), "down_input": ("down_input", "shared_down_input"), "block_output": ("block_output",)}
 
 
-def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Read runs (folders or .jsonl files), write loss.png, kurtosis.png, scales.png, which_first.csv and report.html into ``out`` (default: the first run's
-    folder); returns the page. Figures for which nothing was recorded are left out. Raises InspectError before it writes anything."""
+def inspect(paths: Sequence[Path], out: Path | None = None, judge: bool = False) -> Path:
+    """Read runs (folders or .jsonl files), write loss.png, kurtosis.png, scales.png, which_first.csv, readings.csv and report.html into ``out`` (default: the
+    first run's folder); returns the page. Figures for which nothing was recorded are left out. judge: alarms of kurtosis by `judge_again`, not the log's.
+    Raises InspectError before it writes anything."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InspectError("inspect draws with matplotlib: pip install matplotlib")
     runs = [run for path in paths for run in read_run(path)]
+    for run in runs if judge else ():
+        judge_again(run)
     folder = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
     if folder.exists() and not folder.is_dir():
         raise InspectError(f"--out {folder} is a file; name a folder")
@@ -46,11 +49,11 @@ def inspect(paths: Sequence[Path], out: Path | None = None) -> Path:
         path = folder / f"{name}.png"
         if draw(path, runs):
             figures[name] = path
-    with (folder / "which_first.csv").open("w", newline="") as stream:
-        rows = which_first(runs)
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    for name, rows in (("which_first", which_first(runs)), ("readings", readings(runs))):
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]) if rows else ["run", "step"])
+            writer.writeheader()
+            writer.writerows(rows)
     page = folder / "report.html"
     page.write_text(render(runs, figures), encoding="utf-8")
     return page
@@ -147,6 +150,19 @@ def which_first(runs: Sequence[RunLog]) -> list[dict[str, str]]:
                 "last_loss": "" if low is None else f"{list(mean.values())[-1]:.4f}",
             }
         )
+    return rows
+
+
+def readings(runs: Sequence[RunLog]) -> list[dict[str, str]]:
+    """What alarms and turns are judged by, a row for every step of a run at which kurtosis was measured: loss (mean of `WINDOW`), gradient norm, and kurtosis
+    of every watched tensor (mean over layers); "" for what is not there."""
+    rows = []
+    for run in runs:
+        loss, norm = running_mean(run.scalars.get("loss", {})), run.scalars.get("grad_norm", {})
+        kurtosis = {tensor: mean_over(run.layers(tensor, "kurtosis")) for tensor in WATCHED if any(other.layers(tensor, "kurtosis") for other in runs)}
+        for step in sorted({step for series in kurtosis.values() for step in series}):
+            values = {"loss": loss.get(step), "grad_norm": norm.get(step), **{tensor: series.get(step) for tensor, series in kurtosis.items()}}
+            rows.append({"run": run.name, "step": str(step), **{name: "" if v is None else f"{v:.5g}" for name, v in values.items()}})
     return rows
 
 

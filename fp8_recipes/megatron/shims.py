@@ -1,4 +1,5 @@
-"""Work-arounds for Megatron-Core, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go.
+"""Work-arounds for Megatron-Core, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go. (Functions of Megatron
+that a feature wraps are wrapped in its own module: weight_scaling_hook, calibration, delayed_state, metrics, report.)
 
 `install()` is idempotent. It refuses versions that were never tried, before anything is touched. The same changes as diffs: patches/README.md.
 

@@ -6,9 +6,10 @@ not level. With r = max(t / 2, warmup), the local exponent of growth is
 
     p = log(k(t) / k(r)) / log(t / r)            k ~ t^p; p < 1 is sub-linear, a logarithm tends to 0, an exponential runs away
 
-with k the median of five readings around each step. The alarm is raised when p >= ``growth_exponent`` while k(t) >= ``kurtosis_floor``, in ``patience``
-observed steps in a row; for QKV, the tensor that shows it first, in ``qkv_patience``. The down projection's input has a floor of its own,
-``down_kurtosis_floor``: behind an activation it starts at 7 (GeLU) to 18 (SwiGLU), and in healthy runs of FOG it grew to 77 for 1200 steps (docs/metrics.md).
+with k the mean over layers, as the paper's, and of that the median of five readings around each step. The alarm is raised when p >= ``growth_exponent`` while
+k(t) >= ``kurtosis_floor``, in ``patience`` observed steps in a row; for QKV, the tensor that shows it first there, in ``qkv_patience``. It names the layer with
+the largest kurtosis. The down projection's input has a floor of its own, ``down_kurtosis_floor``: behind an activation it starts at 7 (GeLU) to 18 (SwiGLU).
+Judged layer by layer, with a floor of 10 for all, healthy runs of Llama3 and FOG were warned of (docs/metrics.md).
 
 The other thresholds are shares of the finite non-zero elements of a tensor in one observed step:
 
@@ -132,34 +133,44 @@ class Alarms:
 
     def remember(self, step: int, kurtosis: Mapping[str, float | None]) -> None:
         """Take in kurtosis by name without judging: `judge` does it, and a resumed run with what it finds in its log. A step seen before is replaced."""
-        for name, value in kurtosis.items():
-            if value is None or not math.isfinite(value):
-                continue
-            steps, values = self._history.setdefault(name, ([], []))
+        for tensor, layers in _by_tensor(kurtosis).items():
+            steps, values = self._history.setdefault(tensor, ([], []))
             keep = bisect_left(steps, step)
             del steps[keep:], values[keep:]
             steps.append(step)
-            values.append(value)
+            values.append(statistics.fmean(layers.values()))
 
     def judge(self, step: int, readings: Mapping[str, Reading]) -> list[Alarm]:
         """New alarms of this step, QKV's kurtosis first."""
-        self.remember(step, {name: r.kurtosis for name, r in readings.items() if is_activation(name)})
-        alarms = [a for name, reading in readings.items() for a in self._of(step, name, reading)]
+        alarms = self.judge_kurtosis(step, {name: r.kurtosis for name, r in readings.items()})
+        alarms += [a for name, reading in readings.items() for a in self._of(step, name, reading)]
         return sorted(alarms, key=lambda a: (KINDS.index(a.kind), a.tensor != "qkv", a.name))
 
+    def judge_kurtosis(self, step: int, kurtosis: Mapping[str, float | None]) -> list[Alarm]:
+        """New alarms of kurtosis alone, by name; only those of activations count."""
+        watched = {name: value for name, value in kurtosis.items() if is_activation(name)}
+        self.remember(step, watched)
+        return [a for tensor, layers in _by_tensor(watched).items() for a in self._of_tensor(step, tensor, layers)]
+
+    def _of_tensor(self, step: int, tensor: str, layers: Mapping[str, float]) -> list[Alarm]:
+        """Kurtosis of one tensor of all layers."""
+        t, p, mean = self.thresholds, self.growth(step, tensor), statistics.fmean(layers.values())
+        floor = t.down_kurtosis_floor if tensor.endswith("down_input") else t.kurtosis_floor
+        grown = p is not None and p >= t.growth_exponent and mean >= floor
+        patience = t.qkv_patience if tensor == "qkv" else t.patience
+        if not self._begins("kurtosis", tensor, grown, p is not None and p >= 0.5 * t.growth_exponent, patience):
+            return []
+        assert p is not None
+        worst = max(layers, key=layers.__getitem__)
+        of_all = f" ({mean:.1f} on average over layers)" if len(layers) > 1 else ""
+        text = f"kurtosis {layers[worst]:.1f}{of_all} grows like step^{p:.1f}, no longer slower than linearly"
+        return [self._alarm(step, "kurtosis", worst, p, t.growth_exponent, text)]
+
     def _of(self, step: int, name: str, r: Reading) -> list[Alarm]:
+        """What is judged tensor by tensor and layer by layer."""
         t, grad = self.thresholds, name.endswith(".grad")
         flush = t.grad_flush_share if grad else t.flush_share
         found = []
-        p = self.growth(step, name) if is_activation(name) else None
-        tensor = split_name(name)[1]
-        patience = t.qkv_patience if tensor == "qkv" else t.patience
-        floor = t.down_kurtosis_floor if tensor.endswith("down_input") else t.kurtosis_floor
-        grown = p is not None and p >= t.growth_exponent and (r.kurtosis or 0.0) >= floor
-        if self._begins("kurtosis", name, grown, p is not None and p >= 0.5 * t.growth_exponent, patience):
-            assert p is not None
-            text = f"kurtosis {r.kurtosis:.1f} grows like step^{p:.1f}, no longer slower than linearly"
-            found.append(self._alarm(step, "kurtosis", name, p, t.growth_exponent, text))
         shares = (
             ("nonfinite", r.nonfinite / r.elements if r.elements else 0.0, 0.0, 1),
             ("saturation", r.saturation_share, t.saturation_share, 1),
@@ -186,9 +197,9 @@ class Alarms:
         where = tensor if layer is None else f"layer {layer}, {tensor}"
         return Alarm(step, kind, name, value, threshold, f"step {step}, {where}: {text} (threshold {threshold:g})")
 
-    def growth(self, step: int, name: str) -> float | None:
-        """Local exponent p of ``name``'s kurtosis at ``step``, or None while there is too little to judge by."""
-        steps, values = self._history.get(name, ([], []))
+    def growth(self, step: int, tensor: str) -> float | None:
+        """Local exponent p of ``tensor``'s kurtosis (mean over layers) at ``step``, or None while there is too little to judge by."""
+        steps, values = self._history.get(tensor, ([], []))
         if len(steps) < 2 * _MEDIAN:
             return None
         then = max(step / 2, self.thresholds.warmup)
@@ -200,6 +211,15 @@ class Alarms:
         reference = statistics.median(steps[first : first + _MEDIAN])
         current = statistics.median(steps[-_MEDIAN:])
         return math.log(now / before) / math.log(current / reference)
+
+
+def _by_tensor(kurtosis: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+    """{"layers.1.qkv": 3.0, "layers.2.qkv": 4.0} -> {"qkv": the same}; what is None or not finite is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in kurtosis.items():
+        if value is not None and math.isfinite(value):
+            found.setdefault(split_name(name)[1], {})[name] = value
+    return found
 
 
 def is_activation(name: str) -> bool:

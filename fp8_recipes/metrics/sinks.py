@@ -24,6 +24,12 @@ class Sink(Protocol):
     def write(self, step: int, readings: Mapping[str, Reading], alarms: Sequence[Alarm], scalars: Mapping[str, float]) -> None: ...
 
 
+def alarm_line(alarm: Alarm) -> dict[str, Any]:
+    """An alarm as a line of `JsonLines`."""
+    fields = asdict(alarm)
+    return {"kind": "alarm", "step": alarm.step, "alarm": fields.pop("kind"), **fields, "layer": alarm.layer, "tensor": alarm.tensor}
+
+
 class JsonLines:
     """One object per observed step, appended to ``path``: {"kind": "metrics", "step", **scalars, "tensors": {name: {...}}}; one per alarm:
     {"kind": "alarm", "step", ...}, with ``alarm`` for the alarm's own kind. Shares are fractions, 0 to 1. run: a name to tell the trainings of one file
@@ -35,9 +41,7 @@ class JsonLines:
 
     def write(self, step: int, readings: Mapping[str, Reading], alarms: Sequence[Alarm], scalars: Mapping[str, float]) -> None:
         lines: list[dict[str, Any]] = [{"kind": "metrics", "step": step, **scalars, "tensors": {name: r.as_json() for name, r in readings.items()}}]
-        for alarm in alarms:
-            fields = asdict(alarm)
-            lines.append({"kind": "alarm", "step": step, "alarm": fields.pop("kind"), **fields, "layer": alarm.layer, "tensor": alarm.tensor})
+        lines += [alarm_line(alarm) for alarm in alarms]
         named = {} if self.run is None else {"run": self.run}
         with self.path.open("a") as stream:
             stream.writelines(json.dumps(named | line) + "\n" for line in lines)

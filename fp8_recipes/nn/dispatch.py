@@ -322,12 +322,18 @@ class DeepEP:
         return self._buffer
 
 
+_EXPONENT, _NAN = 0x7F800000, 0x7FC00000
+"""Bits of an fp32 value: the exponent, a quiet NaN."""
+
+
 def scale_words(q: ScaledTensor) -> torch.Tensor:
-    """[T, cols / 128] fp32: in every word the row's scale, a power of two, with the tile's exponent in the lowest byte of the mantissa."""
+    """[T, cols / 128] fp32: in every word the row's scale, a power of two, with the tile's exponent in the lowest byte of the mantissa. A scale that is none
+    travels as NaN, as it would end in a later fold: there is no room for its mantissa."""
     layout = row_layout(q, 0)
     if layout.cols % TILE:
         raise ValueError(f"DeepEP moves one scale per {TILE} columns, so the columns must be a multiple of {TILE}, got {layout.cols}; use AllToAll")
-    words = q.scale.view(torch.int32)[:, None].expand(-1, layout.cols // TILE)
+    bits = q.scale.view(torch.int32)
+    words = torch.where(bits & ~_EXPONENT == 0, bits, _NAN)[:, None].expand(-1, layout.cols // TILE)
     words = words.clone() if q.tile_exponent is None else words | q.tile_exponent.int()
     return words.view(torch.float32)
 
@@ -335,5 +341,6 @@ def scale_words(q: ScaledTensor) -> torch.Tensor:
 def from_scale_words(payload: torch.Tensor, words: torch.Tensor, tile_exponents: bool) -> ScaledTensor:
     """The inverse of `scale_words`."""
     bits = words.contiguous().view(torch.int32)
-    scale = (bits[:, :1] & 0x7F800000).view(torch.float32).reshape(-1)
+    first = bits[:, :1]
+    scale = torch.where(first & _NAN == _NAN, _NAN, first & _EXPONENT).view(torch.float32).reshape(-1)
     return ScaledTensor(payload, scale, "row", tile_exponent=(bits & 0xFF).byte() if tile_exponents else None)

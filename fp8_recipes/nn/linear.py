@@ -73,8 +73,10 @@ def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} and the weight on {weight.device}; move both to one device")
-    for name, t in (("x", x), ("weight", weight)):
-        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if bias is not None and bias.device != weight.device:
+        raise ValueError(f"the bias is on {bias.device} and the weight on {weight.device}; move both to one device")
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"{name} must be bfloat16, float16 or float32, got {t.dtype}; cast it with .to(torch.bfloat16)")
 
 

@@ -17,6 +17,7 @@ from fp8_recipes.cli import main
 from fp8_recipes.inspection import InspectError, inspect, read_run
 from fp8_recipes.inspection.read import mean_over
 from fp8_recipes.inspection.turn import turned
+from fp8_recipes.metrics import Alarms
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'fp8_recipes[demo]')")
 
@@ -110,7 +111,7 @@ def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b<c", alarm=False)
     path = inspect([a, b], tmp_path / "out")
     assert path == tmp_path / "out" / "report.html"
-    assert sorted(p.name for p in path.parent.iterdir()) == ["kurtosis.png", "loss.png", "report.html", "scales.png", "which_first.csv"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["kurtosis.png", "loss.png", "readings.csv", "report.html", "scales.png", "which_first.csv"]
     text = path.read_text()
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     page = Page(text)
@@ -182,11 +183,11 @@ def losses(*pieces: tuple[int, float]) -> dict[int, float]:
     ("loss", "step"),
     [
         (losses((40, 4.0), (60, 2.0)), None),
-        (losses((40, 2.0), (60, 3.0)), 43),  # (17 * 2 + 3 * 3) / 20 = 2.15 is the first mean above 1.05 * 2
+        (losses((40, 2.0), (60, 3.0)), 45),  # (15 * 2 + 5 * 3) / 20 = 2.25 is the first mean above 1.1 * 2
         (losses((40, 2.0), (30, 3.0), (40, 2.0)), None),  # came back
-        (losses((40, 2.0), (60, 2.08)), None),  # 4 % is no turn
-        (losses((40, 2.0), (21, 3.0)), None),  # above for 19 steps, from 43 to 61
-        (losses((40, 2.0), (22, 3.0)), 43),
+        (losses((40, 2.0), (60, 2.18)), None),  # 9 % is no turn
+        (losses((40, 2.0), (23, 3.0)), None),  # above for 19 steps, from 45 to 63
+        (losses((40, 2.0), (24, 3.0)), 45),
         (losses((40, 2.0), (20, math.nan)), 41),
         (losses((40, 2.0), (1, math.inf), (40, 2.0)), None),
         (losses((19, 2.0)), None),
@@ -212,11 +213,39 @@ def test_the_page_says_which_came_first_in_each_run(tmp_path: Path) -> None:
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
     quiet_loss = f"{sum(5 - math.log(i) for i in range(11, 31)) / 20:.4f}"
     assert rows == [
-        ["early", "20", "20", "-", "30", "20", "2.0000", "43", "3.0000"],
-        ["late", "20", "20", "-", "30", "20", "2.0000", "23", "3.0000"],
+        ["early", "20", "20", "-", "30", "20", "2.0000", "45", "3.0000"],
+        ["late", "20", "20", "-", "30", "20", "2.0000", "25", "3.0000"],
         ["quiet", "-", "-", "-", "-", "30", quiet_loss, "-", quiet_loss],
     ]
     with (tmp_path / "out" / "which_first.csv").open(newline="") as stream:
         assert [[value or "-" for value in row.values()] for row in csv.DictReader(stream)] == rows
     assert "early: 3 alarms; step 20, layer 2, qkv" in page
     assert "Alarm or loss first?" not in inspect([quiet], tmp_path / "alone").read_text()
+
+
+def test_readings_are_what_alarms_and_turns_are_judged_by(tmp_path: Path) -> None:
+    inspect([write_run(tmp_path / "a"), write_run(tmp_path / "b", steps=10)], tmp_path / "out")
+    with (tmp_path / "out" / "readings.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(r["run"], r["step"]) for r in rows] == [("a", "10"), ("a", "20"), ("a", "30"), ("b", "10")]
+    assert [rows[2][t] for t in ("qkv", "down_input", "block_output")] == ["7.5"] * 3, "mean over layers"
+    mean = sum(5 - math.log(i) for i in range(11, 31)) / 20
+    assert [r["loss"] for r in rows] == ["", f"{sum(5 - math.log(i) for i in range(1, 21)) / 20:.5g}", f"{mean:.5g}", ""]
+    assert rows[1]["grad_norm"] == "1.05"
+
+
+def test_kurtosis_is_judged_again_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", steps=600)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        for i in range(10, 601, 10):
+            stream.write(json.dumps({"kind": "metrics", "step": i, "tensors": {f"layers.{n}.block_output": tensor(i * i / 1e3) for n in (1, 2)}}) + "\n")
+        line = {"kind": "alarm", "step": 10, "alarm": "saturation", "name": "layers.1.mlp.linear_fc1.input", "layer": 1, "tensor": "mlp.linear_fc1.input"}
+        stream.write(json.dumps(line | {"value": 0.1, "threshold": 1e-5, "message": "step 10: saturated"}) + "\n")
+    alarms = Alarms()
+    expected = [a for i in range(10, 601, 10) for a in alarms.judge_kurtosis(i, {"layers.1.block_output": i * i / 1e3})]
+    page = inspect([folder], tmp_path / "out", judge=True).read_text()
+    assert len(expected) == 1 and "on average over layers" in page and "growing" not in page and "step 10: saturated" in page
+    with (tmp_path / "out" / "which_first.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["first_alarm"], row["qkv_alarm"], row["block_output_alarm"]) == (str(expected[0].step), "", str(expected[0].step))
+    assert "growing" in inspect([folder], tmp_path / "log").read_text(), "the log's own alarm"

@@ -52,6 +52,24 @@ def test_departure_from_logarithmic_growth_is_seen_early_and_named() -> None:
     assert later[0].step == alarm.step + 10  # QKV has one observation less to wait
 
 
+def test_the_mean_over_layers_is_judged_and_the_largest_is_named() -> None:
+    def found(curves: list[Callable[[int], float]]) -> list[Alarm]:
+        alarms, raised = Alarms(), []
+        for step in range(10, 2001, 10):
+            raised += alarms.judge(step, {f"layers.{n}.block_output": replace(HEALTHY, kurtosis=curve(step)) for n, curve in enumerate(curves, 1)})
+        return raised
+
+    def grows(t: int) -> float:
+        return t * t / 1e3
+
+    assert run(grows, "layers.2.block_output", steps=2000)
+    assert found([lambda t: 4e3, grows, lambda t: 4e3]) == [], "one of three, and the mean hardly moves"
+    (alarm,) = found([grows, lambda t: 3 * grows(t), grows])
+    assert alarm.name == "layers.2.block_output" and alarm.message.startswith(f"step {alarm.step}, layer 2, block_output: kurtosis ")
+    largest = 3 * grows(alarm.step)
+    assert f"kurtosis {largest:.1f} ({largest * 5 / 9:.1f} on average over layers) grows like step^2.0" in alarm.message
+
+
 def test_the_down_projections_input_is_judged_from_a_higher_level_on() -> None:
     """Grows like the square of the steps: past 10 at 320, past 100 at 1000."""
 

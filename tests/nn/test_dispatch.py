@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,6 +178,13 @@ def test_scale_words_keep_scales_and_exponents():
     x = torch.randn(7, 384, generator=torch.Generator().manual_seed(0)) * torch.exp2(torch.arange(-120, 90, 30).float())[:, None]
     q = quantize(x.bfloat16(), "tile", fold="row")
     assert_bitwise(from_scale_words(q.payload, scale_words(q), True), q)
+    odd = replace(q, scale=q.scale.clone())
+    odd.scale[:4] = torch.tensor([3.0, -2.0, torch.nan, torch.inf])
+    for exponents in (q.tile_exponent, None):
+        back = from_scale_words(q.payload, scale_words(replace(odd, tile_exponent=exponents)), exponents is not None)
+        assert back.scale[:3].isnan().all() and back.scale[3].isinf(), "no power of two"
+        assert_bitwise(back.scale[4:], q.scale[4:])
+        assert exponents is None or torch.equal(back.tile_exponent, exponents)
     assert q.tile_exponent is not None and q.scale.unique().numel() == 7
     with pytest.raises(ValueError, match="multiple of 128, got 144; use AllToAll"):
         scale_words(quantize(x[:, :144].bfloat16().contiguous(), "row"))

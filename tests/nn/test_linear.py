@@ -268,6 +268,13 @@ def test_autocast_and_second_derivative() -> None:
         gradient.sum().backward()
 
 
+def test_strided_input_gives_what_a_contiguous_one_gives() -> None:
+    w = torch.randn(32, 64)
+    wide = torch.randn(2, 8, 128)
+    for x in (wide[..., ::2], torch.randn(64, 2, 8).permute(1, 2, 0), torch.randn(2, 1, 64).expand(2, 8, 64)):
+        assert torch.equal(fp8_linear(x, w, recipe=from_name("row")), fp8_linear(x.contiguous(), w, recipe=from_name("row")))
+
+
 def test_convert_keeps_parameters_and_names() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Linear(48, 32, bias=False)), torch.nn.Linear(32, 7))
     parameters = dict(model.named_parameters())
@@ -303,6 +310,10 @@ def test_bad_input_is_named() -> None:
         fp8_linear(torch.ones(4, 64, dtype=torch.float64), w, recipe=recipe)
     with pytest.raises(ValueError, match="x is on meta and the weight on cpu"):
         fp8_linear(torch.ones(4, 64, device="meta"), w, recipe=recipe)
+    with pytest.raises(ValueError, match="the bias is on meta and the weight on cpu"):
+        fp8_linear(torch.ones(4, 64), w, torch.ones(32, device="meta"), recipe=recipe)
+    with pytest.raises(TypeError, match="bias must be .*float64.*cast"):
+        fp8_linear(torch.ones(4, 64), w, torch.ones(32, dtype=torch.float64), recipe=recipe)
     for value in ("ffn", "row"):
         with pytest.raises(RecipeError, match=f"weight_cache={value}.*weight_cache=none"):
             fp8_linear(torch.ones(4, 64), w, recipe=from_name(f"moss:weight_cache={value}"))
