@@ -168,7 +168,7 @@ def test_log_alarm_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     x[0, 0, 0] = float("nan")
     model(x)
     metrics.after_step(4)
-    assert run.alarms._history["layers.1.qkv"][0] == [1, 2, 4]  # what the log held before step 4, and step 4 again
+    assert run.alarms._history["qkv"][0] == [1, 2, 4]  # what the log held before step 4, and step 4 again
     assert options.exit_interval == 4
     assert "layer 1, qkv" in capsys.readouterr().out
 
