@@ -119,7 +119,20 @@ def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str
         args.bias_gelu_fusion = False  # the fused form is the tanh approximation and wants a bias
     if architecture.activation == "smooth_swiglu":
         args.bias_swiglu_fusion = False
-    return [f"architecture {architecture}", *_widen(args, architecture), *_derived(args, architecture)]
+    return [f"architecture {architecture}", *_widen(args, architecture), *_derived(args, architecture), *_unlike_the_paper(args, architecture)]
+
+
+def _unlike_the_paper(args: argparse.Namespace, architecture: Architecture) -> list[str]:
+    """What Megatron's defaults or other flags make of a FOG that its paper has not. They may stay: nothing here depends on them."""
+    if not architecture.name.startswith("fog-"):
+        return []
+    positions = args.position_embedding_type
+    different = [
+        (positions != "rope", f"positions are {positions}; the paper's are rotary: --position-embedding-type rope"),
+        (args.add_bias_linear, "linear layers have biases; the paper's have none: --disable-bias-linear"),
+        (args.add_qkv_bias, "Q, K and V have biases; the paper's have none: drop --add-qkv-bias"),
+    ]
+    return [f"{architecture.name}: {text}" for wrong, text in different if wrong]
 
 
 def _widen(args: argparse.Namespace, architecture: Architecture) -> list[str]:

@@ -56,6 +56,20 @@ class TestArchitecture:
         configure(f"--fog max {HEADS_OF_128}", base=plain)
         assert "fp8_recipes: softmax scale 0.125, embedding multiplier 50, initial gain of a branch's output 0.5" in lines(capsys)
 
+    def test_what_differs_from_the_paper_is_told_and_left_alone(self, parse, plain):
+        from fp8_recipes.megatron import fog_arguments
+
+        def told(flags, base=plain):
+            return [note for note in fog_arguments.prepare(parse(f"{flags} {HEADS_OF_128}", base=base)) if "the paper's" in note]
+
+        other = plain.replace("--disable-bias-linear", "").replace("--position-embedding-type rope", "--position-embedding-type learned_absolute")
+        assert other != plain and told("--fog flash") == [] and told("--arch op", other) == []
+        positions, biases = told("--fog flash", other)
+        assert positions == "fog-flash: positions are learned_absolute; the paper's are rotary: --position-embedding-type rope"
+        assert biases.endswith("have none: --disable-bias-linear")
+        (qkv,) = told("--fog max --add-qkv-bias")
+        assert qkv == "fog-max: Q, K and V have biases; the paper's have none: drop --add-qkv-bias"
+
     def test_without_a_flag_everything_stays_megatrons(self, configure, capsys):
         args, container = configure()
         assert args.spec is None and container.model.transformer_layer_spec is None and not lines(capsys)
