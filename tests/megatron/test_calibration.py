@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ pytest.importorskip("psutil", reason="psutil is not installed; Megatron's torch_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pretend_gpu  # noqa: E402
+import warm  # noqa: E402
 
 from fp8_recipes.megatron import calibration, parse_log  # noqa: E402
 
@@ -86,14 +86,10 @@ def train(tmp_path):
     def train(name: str, recipe: str, flags: str = "", ranks: int = 1, read: str | None = None, model: str = "fog_tiny"):
         log, job = tmp_path / f"{name}.jsonl", {"read": str(tmp_path / read)} if read else {"write": str(tmp_path / name)}
         (tmp_path / f"{name}.json").write_text(json.dumps(job))
-        command = [sys.executable, __file__, str(tmp_path / f"{name}.json"), "--model", model, "--recipe", recipe, "--steps", "4", "--log", str(log), "--"]
+        command = [str(tmp_path / f"{name}.json"), "--model", model, "--recipe", recipe, "--steps", "4", "--log", str(log), "--"]
         path = os.pathsep.join(filter(None, [str(pretend_gpu.ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(next(port)), "WORLD_SIZE": str(ranks), "NVTE_UnfusedDPA_Emulate_FP8": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        line = [*command, *SMALL.split(), *flags.split()]
-        processes = [subprocess.Popen(line, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(ranks)]
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-        assert not any(process.returncode for process in processes), "\n".join(output[-4000:] for output in outputs)
+        outputs = warm.run(__file__, [*command, *SMALL.split(), *flags.split()], environment, ranks)
         lines = {entry["iteration"]: (entry["lm_loss_hex"], entry["grad_norm"].hex()) for entry in map(json.loads, log.read_text().splitlines())}
         assert sorted(lines) == sorted(parse_log.read_losses(log))
         written = [torch.load(path) for rank in range(ranks) if (path := tmp_path / f"{name}-{rank}.pt").exists()]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ pytest.importorskip("megatron.training", reason="Megatron-Core is not installed 
 pytest.importorskip("psutil", reason="psutil is not installed; Megatron's torch_dist writer needs it (pip install psutil)")
 
 import pretend_gpu  # noqa: E402
+import warm  # noqa: E402
 
 from fp8_recipes.megatron import parse_log  # noqa: E402
 
@@ -28,14 +27,9 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 def train(log, recipe: str, flags: str, port: int, ranks: int = 1) -> str:
     """Four steps of two microbatches; what rank 0 printed."""
     path = os.pathsep.join(filter(None, [str(pretend_gpu.ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, pretend_gpu.__file__, "--model", "fog_tiny", "--recipe", recipe, "--steps", "4", "--log", str(log), "--"]
+    command = ["--model", "fog_tiny", "--recipe", recipe, "--steps", "4", "--log", str(log), "--", *SMALL.split(), *flags.split()]
     environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NVTE_UnfusedDPA_Emulate_FP8": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    line = [*command, *SMALL.split(), *flags.split()]
-    processes = [subprocess.Popen(line, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(ranks)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(output[-4000:] for output in outputs)
-    return outputs[0]
+    return warm.run(pretend_gpu.__file__, command, environment, ranks)[0]
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed (pip install 'fp8_recipes[te]')")
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
+import warm  # noqa: E402
 from megatron_runs import ROOT  # noqa: E402
 from metrics_ranks import free_port  # noqa: E402
 
@@ -38,11 +37,9 @@ def train(tmp_path_factory):
             launch = ["--model", model, "--recipe", recipe, "--steps", str(STEPS), "--", *SMALL.split(), *flags.split(), "--fp8-log", str(log)]
             path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
             environment = os.environ | {"PYTHONPATH": path, "MASTER_PORT": str(free_port())}
-            command = [sys.executable, str(ROOT / "tests" / "weight_cache_worker.py"), *launch]
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-            assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+            (printed,) = warm.run(ROOT / "tests" / "weight_cache_worker.py", launch, environment)
             losses = {line["iteration"]: line["lm_loss_hex"] for line in map(json.loads, log.read_text().splitlines())}
-            done[key] = losses, json.loads(result.stdout.strip().splitlines()[-1]), result.stdout
+            done[key] = losses, json.loads([line for line in printed.splitlines() if line.startswith("{")][-1]), printed
         return done[key]
 
     return run

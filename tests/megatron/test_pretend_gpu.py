@@ -14,6 +14,7 @@ pytest.importorskip("transformer_engine", reason="TransformerEngine is not insta
 pytest.importorskip("megatron.training", reason="Megatron-Core is not installed (pip install 'fp8_recipes[megatron]', Python 3.12 or newer)")
 
 import pretend_gpu  # noqa: E402
+import warm  # noqa: E402
 from metrics_ranks import free_port  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -41,11 +42,7 @@ def train(tmp_path_factory):
             logs = ["--fp8-log", str(path / "log.jsonl"), "--fp8-metrics-log", str(path / "metrics.jsonl")]
             launch = ["--model", model, "--recipe", recipe, "--steps", str(STEPS), "--", *SMALL.split(), *flags.split(), *logs]
             given = os.environ | ENVIRONMENT | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
-            started = [sys.executable, pretend_gpu.__file__, *launch]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            processes = [subprocess.Popen(started, env=given | {"RANK": str(rank)}, **pipes) for rank in range(ranks)]
-            outputs = [process.communicate(timeout=600)[0] for process in processes]
-            assert not any(process.returncode for process in processes), "\n".join(output[-4000:] for output in outputs)
+            outputs = warm.run(pretend_gpu.__file__, launch, given, ranks)
             losses = {line["iteration"]: line["lm_loss"] for line in lines(path / "log.jsonl")}
             metrics = {line["step"]: line for line in lines(path / "metrics.jsonl") if line["kind"] == "metrics"}
             done[key] = losses, metrics, outputs[0]
