@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="draw loss, kurtosis and FP8 scales of finished or running trainings, with a one-page report")
     inspect.add_argument("run", type=Path, nargs="+", metavar="RUN", help="folder with a run's .jsonl files, or one such file; several are drawn side by side")
     inspect.add_argument("--out", type=Path, default=None, help="folder for report.html and the PNGs (default: the first RUN)")
-    inspect.add_argument("--judge", action="store_true", help="judge kurtosis again by this version's thresholds, instead of the alarms in the log")
+    inspect.add_argument("--judge", action="store_true", help="judge kurtosis again by this version's defaults (warm-up 100), instead of the log's alarms")
     commands.add_parser("recipes", help="list the named recipes")
     return parser
 

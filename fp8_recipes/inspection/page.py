@@ -126,10 +126,10 @@ def _summary(runs: Sequence[RunLog]) -> str:
                     _mean(first),
                     _mean(last),
                     "-" if worst is None else f"{last[worst]:.4g} (layer {worst})",
-                    "-" if worst is None else _growth(layers[worst], run.last_step),
+                    "-" if worst is None else _growth(mean_over(layers), run.last_step),
                 )
             )
-    header = ("run", "tensor", "steps", "last loss", "kurtosis at start", "kurtosis at end", "largest at end", "grows like")
+    header = ("run", "tensor", "steps", "last loss", "kurtosis at start", "kurtosis at end", "largest at end", "mean grows like")
     return "<h2>Summary</h2>" + _table(header, rows, 6)
 
 
@@ -188,7 +188,7 @@ def _mean(values: dict[int, float]) -> str:
 
 
 def _growth(series: dict[int, float], step: int) -> str:
-    """Local exponent as the alarms compute it, with their default warm-up."""
+    """Local exponent as the alarms compute it, of the mean over layers and with their default warm-up."""
     alarms = Alarms()
     for at, value in series.items():
         alarms.remember(at, {"x": value})

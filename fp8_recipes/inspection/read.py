@@ -72,7 +72,8 @@ def mean_over(series: dict[Any, Series]) -> Series:
 
 
 def judge_again(log: RunLog) -> None:
-    """Put the alarms of kurtosis that the readings give by the defaults of this version in place of those in the log."""
+    """Put the alarms of kurtosis that the readings give by the defaults of this version in place of those in the log. Their warm-up is 100 steps, whatever the
+    run's own was: the log does not say."""
     alarms = Alarms()
     readings: dict[int, dict[str, float | None]] = {}
     for name, fields in log.tensors.items():

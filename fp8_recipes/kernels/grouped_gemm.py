@@ -337,8 +337,7 @@ def grouped_wgrad(
     multiples of 128. out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (main_grad), overwritten or, with accumulate=True, added
     to (in fp32, rounded once). Tensors that lie one after the other, in either direction, are written like one (by TMA); others through a table of addresses.
     Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
-    promote > 128 without accumulate, into what TMA can write: `grouped_promoted`, on Hopper with Triton 3.6, unless config names a tile other than 128 x 256
-    (of such a config it takes stages, at most 3, and group; without one it has that tile for small results too).
+    promote > 128 without accumulate, into what TMA writes: `grouped_promoted` on Hopper with Triton 3.6, if config is None or 128 x 256 (at most 3 stages).
     """
     check_wgrad_operands(a_t, b_t, offsets)
     (n, rows), k, experts, device = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0], a_t.device

@@ -18,7 +18,7 @@ if "fp8_recipes.pretrain_gpt" not in sys.argv:
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 value = lambda name, default=None: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
 load, save, recipe = value("--load"), value("--save"), value("--fp8-recipe")
-if recipe == "broken":
+if recipe == "moss:interval=13":
     sys.exit("the reason why")
 first = int(Path(load, "latest_checkpointed_iteration.txt").read_text()) + 1 if load else 1
 last = int(value("--exit-interval", value("--train-iters")))
@@ -61,7 +61,7 @@ def test_a_training_is_read_and_not_repeated(train):
 
 def test_a_training_that_fails_says_why_and_leaves_nothing_behind(train):
     with pytest.raises(AssertionError, match="the reason why"):
-        train("broken")
+        train("moss:interval=13")
     assert train.done == {} and len(train("moss")[0]) == STEPS
 
 

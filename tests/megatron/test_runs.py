@@ -14,11 +14,13 @@ from fp8_recipes.megatron import attention_arguments  # noqa: E402
 @pytest.mark.parametrize(("version", "skipped"), [((9, 14, 0), True), ((9, 18, 1), True), ((9, 19, 0), False), ((9, 20, 1), False), (None, False)])
 def test_fp8_attention_is_skipped_exactly_where_the_launcher_refuses_it(monkeypatch, version, skipped):
     monkeypatch.setattr(attention_arguments, "cudnn_version", lambda: version)
+    for recipe in ("bf16", "tensorwise", "moss", "fog:attention=bf16"):
+        megatron_runs.skip_without_right_cudnn(recipe)
     if not skipped:
-        megatron_runs.skip_without_right_cudnn()
+        megatron_runs.skip_without_right_cudnn("fog")
         return
     with pytest.raises(pytest.skip.Exception, match=rf"cuDNN {version[0]}\.{version[1]}\.{version[2]}: .* 9\.19\.0 is the first"):
-        megatron_runs.skip_without_right_cudnn()
+        megatron_runs.skip_without_right_cudnn("fp8_flow_moe:attention=fp8")
 
 
 def losses(**changed: float) -> dict[int, float]:
