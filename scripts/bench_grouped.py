@@ -23,8 +23,9 @@ from benchmark import timed, write
 
 from fp8_recipes.formats import E4M3, E5M2, Format
 from fp8_recipes.kernels import quantize
-from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig, is_wide
-from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad
+from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig
+from fp8_recipes.kernels.grouped_gemm import grouped_gemm
+from fp8_recipes.kernels.grouped_wgrad import grouped_wgrad
 from fp8_recipes.reference import grouped as reference
 from fp8_recipes.reference.grouped import GroupedTensor
 from fp8_recipes.tensor import ScaledTensor
@@ -190,11 +191,17 @@ SETS = 2
 def forward_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str, GroupedConfig] | None) -> dict[str, Run]:
     groups = [layout(experts, rows, seed=s) for s in range(SETS)]
     sets = [(activation(rows, k), weights(experts, n, k), g) for g in groups]
+    one_scale = [GroupedTensor(b.payload, b.scale[:, 0].contiguous()) for _, b, _ in sets]
     out = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
 
     def ours(i: int, promote: int = 0, config: GroupedConfig | None = None) -> torch.Tensor:
         a, b, g = sets[i % SETS]
         return grouped_gemm(a, b, g.block_expert, out=out, promote=promote, config=config)
+
+    def expert_scales(i: int) -> torch.Tensor:
+        """As the recipes have them: one scale per expert. torch wants one for every output feature."""
+        a, _, g = sets[i % SETS]
+        return grouped_gemm(a, one_scale[i % SETS], g.block_expert, out=out)
 
     if configs is not None:
         return {name: lambda i, c=c: ours(i, 0, c) for name, c in configs.items()}
@@ -217,6 +224,7 @@ def forward_contenders(experts: int, rows: int, k: int, n: int, configs: dict[st
         "torch split": lambda i: scaled(i, False),
         "ours fast": ours,
         "ours 1024": lambda i: ours(i, 1024),
+        "ours fast, one scale": expert_scales,
     }
 
 
@@ -236,7 +244,7 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         adding = {name: c for name, c in configs.items() if c.shared_bytes(4, c.store == "add") <= SHARED}
         found = {f"{name}, +fp32": lambda i, c=c: ours(i, 2048, c) for name, c in adding.items()}  # as training promotes
         found |= {f"{name}, bf16": lambda i, c=c: ours(i, 0, c, False) for name, c in configs.items() if c.store == WIDE.store}
-        promoted = {name: c for name, c in configs.items() if c == SMALL or c.stages <= 3 and is_wide(c)}
+        promoted = {name: c for name, c in configs.items() if c == SMALL or c.stages <= 3 and c.block_n == WIDE.block_n}
         return found | {f"{name}, bf16 promoted": lambda i, c=c: ours(i, 1024, c, False) for name, c in promoted.items()}
     ends = [g.ends for g in groups]
     flat = [(a.scale.flatten(), b.scale.flatten()) for a, b, _ in sets]
@@ -250,6 +258,10 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         a, b = halves[i % SETS]
         return torch._grouped_mm(a, b.t(), offs=ends[i % SETS])
 
+    def apart(i: int, out: list[torch.Tensor], promote: int = 0) -> object:
+        a, b, g = sets[i % SETS]
+        return grouped_wgrad(a, b, g.offsets, out=out, accumulate=True, promote=promote)
+
     return {
         "bf16": bf16,
         "torch fast": lambda i: scaled(i, True),
@@ -258,8 +270,9 @@ def wgrad_contenders(experts: int, rows: int, k: int, n: int, configs: dict[str,
         "ours 1024": lambda i: ours(i, 1024, accumulate=False),
         "ours fast, +fp32": ours,
         "ours 1024, +fp32": lambda i: ours(i, 1024),
-        "ours fast, +fp32 in reverse": lambda i: grouped_wgrad(*sets[i % SETS][:2], sets[i % SETS][2].offsets, out=reverse, accumulate=True),
-        "ours fast, +fp32 scattered": lambda i: grouped_wgrad(*sets[i % SETS][:2], sets[i % SETS][2].offsets, out=scattered, accumulate=True),
+        "ours fast, +fp32 in reverse": lambda i: apart(i, reverse),
+        "ours 2048, +fp32 in reverse": lambda i: apart(i, reverse, 2048),
+        "ours fast, +fp32 scattered": lambda i: apart(i, scattered),
     }
 
 

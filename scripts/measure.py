@@ -85,10 +85,11 @@ def side_by_side(rows: Rows) -> Rows:
 
 
 def grouped_side_by_side(rows: Rows) -> Rows:
-    """bench_grouped.py's contenders; ours over torch's fast accumulator. ours_adding: into fp32 main_grads, which torch cannot."""
+    """bench_grouped.py's contenders; ours over torch's fast accumulator. adding: into fp32 main_grads, which torch cannot.
+    one_scale: for the weights of an expert, where torch wants one per feature."""
     columns = {
         "bf16": "bf16", "torch fast": "torch_fast", "torch split": "torch_split", "ours fast": "ours_fast", "ours 1024": "ours_1024",
-        "ours fast, +fp32 in reverse": "ours_adding",
+        "ours fast, one scale": "ours_one_scale", "ours fast, +fp32 in reverse": "ours_adding", "ours 2048, +fp32 in reverse": "ours_adding_2048",
     }  # fmt: skip
     table = columns_of(rows, columns, ("shape", "experts", "rows", "K", "N"))
     for one in table:

@@ -30,17 +30,17 @@ class Pointer:
 class Memory:
     """Shared memory, or a part or another view of it."""
 
-    def __init__(self, data: torch.Tensor) -> None:
-        self.data = data
+    def __init__(self, data: torch.Tensor, program: Program) -> None:
+        self.data, self.program = data, program
 
     def index(self, i: int) -> Memory:
-        return Memory(self.data[i])
+        return Memory(self.data[i], self.program)
 
     def permute(self, order: tuple[int, int]) -> Memory:
-        return Memory(self.data.permute(order))
+        return Memory(self.data.permute(order), self.program)
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Memory:
-        return Memory(self.data.view(-1).view(dtype).view(*shape))
+        return Memory(self.data.view(-1).view(dtype).view(*shape), self.program)
 
     def load(self, layout: object) -> torch.Tensor:
         return self.data.clone()
@@ -48,6 +48,7 @@ class Memory:
     def store(self, value: torch.Tensor) -> None:
         assert value.shape == self.data.shape and value.dtype == self.data.dtype
         self.data.copy_(value)
+        self.program.fenced = self.program.synchronised = False
 
 
 class Descriptor:
@@ -96,8 +97,9 @@ class Program:
             assert int(at.min()) >= 0 and int(at.max()) < pointer.base.numel(), "read outside a tensor"
             value = pointer.base[at]
         else:
+            mask = torch.as_tensor(mask)
             value = torch.where(mask, pointer.base[torch.where(mask, at, 0)], other)
-        return int(value) if value.dim() == 0 else value
+        return value.item() if value.dim() == 0 else value
 
     def thread_barrier(self) -> None:
         self.synchronised = True
@@ -109,7 +111,7 @@ class Program:
     def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Memory:
         data = torch.empty(*shape, dtype=dtype)
         data.view(torch.uint8).fill_(0x7F)
-        return Memory(data)
+        return Memory(data, self)
 
     # products
     def product(self, a: Memory, b: Memory, acc: Any, use_acc: bool, is_async: bool) -> Accumulator:
@@ -163,13 +165,12 @@ class Program:
     def fence(self) -> None:
         self.fenced = True
 
-    def store_box(self, descriptor: Descriptor, origin: Sequence[int], source: Memory) -> None:
+    def store_box(self, descriptor: Descriptor, origin: Sequence[int], source: Memory, add: bool = False) -> None:
         assert self.fenced and self.synchronised and source.data.shape == descriptor.block
-        self.fenced = False
         part, box = descriptor.box(origin)
 
         def copy() -> None:
-            descriptor.tensor[part] = source.data[box]
+            descriptor.tensor[part] = source.data[box] + (descriptor.tensor[part] if add else 0)
 
         self.stores.append(copy)
 
@@ -187,10 +188,12 @@ class Program:
             return torch.where(condition, x, y) if isinstance(condition, torch.Tensor) else x if condition else y
 
         gl = types.SimpleNamespace(
-            float32=torch.float32, bfloat16=torch.bfloat16, int64=torch.int64, load=self.load, thread_barrier=self.thread_barrier, split=self.split,
+            float32=torch.float32, bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64,
+            load=self.load, thread_barrier=self.thread_barrier, split=self.split,
             allocate_shared_memory=self.allocate, where=where, program_id=lambda axis: self.number,
             num_programs=lambda axis: self.programs, cdiv=lambda a, b: -(-a // b),
-            minimum=min, maximum=max, static_range=range, SliceLayout=lambda *_: None, arange=lambda a, b, layout: torch.arange(a, b),
+            minimum=min, maximum=max, sum=lambda x, axis: int(x.sum(axis)), to_tensor=lambda x: x,
+            static_range=range, SliceLayout=lambda *_: None, arange=lambda a, b, layout: torch.arange(a, b),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), reshape=torch.reshape, permute=torch.permute,
             join=lambda a, b: torch.stack((a, b), -1), convert_layout=lambda x, layout, assert_trivial: x, expand_dims=torch.unsqueeze,
         )  # fmt: skip
@@ -202,16 +205,17 @@ class Program:
         return {
             "gl": gl, "mbarrier": barrier, "tma": tma, "fence_async_shared": self.fence, "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.wait_products, "_fetch": lambda *_: None,
+            "_add_to_global": lambda *args: self.store_box(*args, add=True),
         }  # fmt: skip
 
 
 def launch(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constants: Any) -> None:
     """`kernels.launch.launch` of the one kernel that this is for."""
-    assert kernel is grouped_promoted._promoted_wgrad_kernel and num_warps == 8
+    assert kernel is grouped_promoted._promoted_kernel and num_warps == 8
     for number in range(*grid):
         program = Program(number, *grid)
         names = {name: getattr(value, "value", value) for name, value in vars(grouped_promoted).items()}  # constants without their wrapper
-        names |= {n: types.FunctionType(value.fn.__code__, names, n) for n, value in names.items() if hasattr(value, "fn")}
+        names |= {n: types.FunctionType(value.fn.__code__, names, n) for n, value in names.items() if hasattr(value, "fn") and hasattr(value.fn, "__code__")}
         names |= program.names()
         given = [Pointer(a) if isinstance(a, torch.Tensor) else Descriptor(a) if hasattr(a, "block_shape") else a for a in args]
         names[kernel.__name__](*given, **constants)

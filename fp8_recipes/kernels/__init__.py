@@ -9,8 +9,9 @@ from .dispatch import combine_sent, copies_of_sent, pack_rows, send_map, unpack_
 from .experts import measure_experts, quantize_experts
 from .fold_transpose import fold_transpose
 from .gemm import gemm
-from .grouped_gemm import grouped_gemm, grouped_wgrad
+from .grouped_gemm import grouped_gemm
 from .grouped_transpose import grouped_fold_transpose
+from .grouped_wgrad import grouped_wgrad
 from .moments import MOMENT_PARTS, moments
 from .permute import combine_rows, gather_rows, route_map
 from .qkv import qkv_tanh_rotary, qkv_tanh_rotary_backward

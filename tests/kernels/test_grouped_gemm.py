@@ -18,13 +18,14 @@ if not torch.cuda.is_available():
 
 from fp8_recipes import reference  # noqa: E402
 from fp8_recipes.formats import E4M3, E5M2, Format  # noqa: E402
-from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig, storing  # noqa: E402
-from fp8_recipes.kernels.grouped_gemm import grouped_gemm, grouped_wgrad  # noqa: E402
+from fp8_recipes.kernels.grouped_configs import SHARED, SMALL, WIDE, GroupedConfig, select_config, storing  # noqa: E402
+from fp8_recipes.kernels.grouped_gemm import grouped_gemm  # noqa: E402
+from fp8_recipes.kernels.grouped_wgrad import grouped_wgrad  # noqa: E402
 from fp8_recipes.reference import grouped  # noqa: E402
 from fp8_recipes.reference.grouped import GroupedTensor  # noqa: E402
 from fp8_recipes.tensor import ScaledTensor  # noqa: E402
 
-module = import_module("fp8_recipes.kernels.grouped_gemm")
+modules = [import_module(f"fp8_recipes.kernels.{name}") for name in ("grouped_gemm", "grouped_wgrad")]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TILE = GroupedConfig(64, 64, stages=2, subtiles=2, group=2, warps=4) if GPU else GroupedConfig(64, 32, stages=2, subtiles=2, group=2)
@@ -35,7 +36,8 @@ groups = pytest.mark.parametrize("blocks", GROUPS.values(), ids=GROUPS)
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs, so that each has several tiles, of several experts."""
-    monkeypatch.setattr(module, "_multiprocessors", lambda device: 3)
+    for module in modules:
+        monkeypatch.setattr(module, "_multiprocessors", lambda device: 3)
 
 
 def integers(*shape: int, seed: int, fmt: Format = E4M3) -> torch.Tensor:
@@ -167,6 +169,25 @@ def test_wgrad_into_bf16(accumulate: bool) -> None:
     torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("promote", [0, 256])
+@pytest.mark.parametrize(("n", "k", "swapped"), [(512, 120, True), (256, 384, True), (512, 136, False), (512, 256, False), (264, 120, False)], ids=str)
+def test_wgrad_whose_transpose_has_fewer_tiles(promote: int, n: int, k: int, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into bf16, in both orders of memory; nothing beside the results. Not chosen where a box of 256 rows would reach into the next expert."""
+    seen = []
+    original = modules[1].launch
+    monkeypatch.setattr(modules[1], "launch", lambda *args, **constants: seen.append(constants["SWAPPED"]) or original(*args, **constants))
+    monkeypatch.setattr(modules[1], "in_gluon", lambda *args: False)
+    a_t, b_t, offsets = transposed((1, 0, 3, 2), n, k)
+    want = grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.zeros(4, n, k, device=DEVICE))
+    around = torch.full((6, n, k), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    for out in (around[1:-1], list(around[1:-1].unbind()[::-1])):
+        around[1:-1] = torch.nan
+        got = grouped_wgrad(a_t, b_t, offsets, out=out, promote=promote)
+        torch.testing.assert_close(torch.stack(list(got)).float(), want, rtol=2**-7, atol=0)  # the interpreter truncates
+        assert bool(around[[0, -1]].isnan().all()), "something was written beside the result"
+    assert seen == [swapped] * 2
+
+
 @pytest.mark.parametrize("resident", [1, 2, 50])
 @pytest.mark.parametrize("group", [1, 3])
 def test_every_tile_once_whatever_the_order(resident: int, group: int) -> None:
@@ -271,14 +292,15 @@ def test_configs() -> None:
         for out_bytes, adds in ((2, False), (4, False), (2, True)):
             assert storing(config, out_bytes, adds).shared_bytes(out_bytes, adds) <= SHARED
     assert storing(WIDE, 2, False).subtiles == 1 and storing(WIDE, 4, False).subtiles == storing(WIDE, 2, True).subtiles == 2
-    assert module.select_config(98304, 2816, 132) == WIDE  # 11 full tiles of 256
-    assert module.select_config(98304, 128, 132) == SMALL
+    assert select_config(98304, 2816, 132) == WIDE  # 11 full tiles of 256
+    assert select_config(98304, 128, 132) == SMALL
 
 
 COMPILE = """
 from fp8_recipes.kernels.first_product import compiling
 from fp8_recipes.kernels.grouped_configs import WIDE, adding, promoting, storing
-from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel, _grouped_wgrad_kernel
+from fp8_recipes.kernels.grouped_gemm import _grouped_gemm_kernel
+from fp8_recipes.kernels.grouped_wgrad import _grouped_wgrad_kernel
 from machine_code import show
 for kernel, dtype, constants in (
     (_grouped_gemm_kernel, "bf16", dict(PROMOTE=0, STRIDE_B=0, STORE="tma", ACCUMULATE=False)),
@@ -290,6 +312,7 @@ for kernel, dtype, constants in (
     (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=True)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=0, STORE="reduce", ACCUMULATE=True, ORDER=-1)),
     (_grouped_wgrad_kernel, "fp32", dict(EXPERTS=64, PROMOTE=16, IN_OUT=True, STORE="atomic", ACCUMULATE=True, ORDER=0, out_desc=None)),
+    (_grouped_wgrad_kernel, "bf16", dict(EXPERTS=64, PROMOTE=0, STORE="tma", ACCUMULATE=False, SWAPPED=True)),
 ):
     in_registers = bool(constants["PROMOTE"] and not constants.get("IN_OUT"))
     adds, out_bytes = constants["ACCUMULATE"], 4 if dtype == "fp32" else 2
@@ -298,15 +321,17 @@ for kernel, dtype, constants in (
     if kernel is _grouped_gemm_kernel:
         del constants["ACCUMULATE"]
     else:
-        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, **constants}
+        constants = {"ORDER": 1, "ALIGNED": True, "IN_OUT": False, "SWAPPED": False, **constants}
         constants |= {} if constants["ORDER"] == 0 else {"table_ptr": None}
+    box = f"{c.block_n},{c.block_m}" if constants.get("SWAPPED") else f"{c.block_m},{c.block_n // c.subtiles}"
     types = dict(a_desc=f"tensordesc<fp8e4nv[{c.block_m},128]>", b_desc=f"tensordesc<fp8e4nv[{c.block_n},128]>",
-                 out_desc=f"tensordesc<{dtype}[{c.block_m},{c.block_n // c.subtiles}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
+                 out_desc=f"tensordesc<{dtype}[{box}]>", out_ptr=f"*{dtype}", scale_a_ptr="*fp32", scale_b_ptr="*fp32",
                  block_expert_ptr="*i32", offsets_ptr="*i32", table_ptr="*i64")
     multiples = [n for n in kernel.arg_names if n.endswith("_ptr") or n in ("rows", "N", "K")]
     with compiling(kernel, constants):
         show(kernel, types, constants, dict(num_warps=c.warps, num_stages=c.stages), multiples=multiples,
-             name=kernel.__name__, dtype=dtype, promote=constants["PROMOTE"], in_registers=in_registers, adds=adds)
+             name=kernel.__name__, dtype=dtype, promote=constants["PROMOTE"], in_registers=in_registers, adds=adds,
+             allowed=2 if constants.get("SWAPPED") else 0)  # one word for the whole of a tile, away and back
 """
 
 
@@ -315,7 +340,7 @@ for kernel, dtype, constants in (
 def test_machine_code_streams_products() -> None:
     """Compiled for sm_90, which needs no GPU: four asynchronous FP8 matrix instructions per K block, next to no spills between them and the loop's branch."""
     found = listings(COMPILE)
-    assert len(found) == 9
+    assert len(found) == 10
     for kernel, lines in found:
         assert kernel["shared"] <= 227 * 1024, f"{kernel}: bytes of shared memory a Hopper multiprocessor gives one program"
         products = [i for i, line in enumerate(lines) if "QGMMA.64x256x32.F32.E4M3.E4M3" in line]
@@ -324,7 +349,7 @@ def test_machine_code_streams_products() -> None:
         assert any("DEPBAR.LE gsb0, 0x1" in line for line in loop), f"{kernel}: the product of one K block is waited for before the next is issued"
         assert len(spills(loop)) <= 3, f"{kernel}: spills beside the products"
         if not kernel["in_registers"]:
-            assert not spills(lines), f"{kernel}: spills, although nothing but the accumulator is held"
+            assert len(spills(lines)) <= kernel["allowed"], f"{kernel}: spills, although nothing but the accumulator is held"
             overwrites = [bool(re.search(r"R\d+, U?P\d", lines[i])) for i in products]
             assert overwrites == [not kernel["adds"], False, False, False], f"{kernel}: zeros are added to at the start of a tile"
 
@@ -334,7 +359,8 @@ def test_machine_code_streams_products() -> None:
 @pytest.mark.parametrize("promote", [0, 1024])
 @pytest.mark.parametrize("blocks", [(5, 0, 17, 1, 9), (0, 32, 0)], ids=str)
 def test_real_tiles(blocks: tuple[int, ...], promote: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_multiprocessors", lambda device: torch.cuda.get_device_properties(device).multi_processor_count)
+    for module in modules:
+        monkeypatch.setattr(module, "_multiprocessors", lambda device: torch.cuda.get_device_properties(device).multi_processor_count)
     a, b, block_expert, used = operands(blocks, 1408, 2064)
     got = grouped_gemm(a, b, block_expert, out_dtype=torch.float32, promote=promote)
     assert torch.equal(got[:used], grouped.grouped_gemm(a, b, block_expert, out_dtype=torch.float32)[:used])
