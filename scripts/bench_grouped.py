@@ -162,9 +162,12 @@ def check_wgrad(experts: int, rows: int, k: int, n: int, fmt: Format) -> Rows:
             for matrix, start in zip(out, before, strict=True):
                 matrix.copy_(start)
             runs.append(torch.stack(list(grouped_wgrad(a_t, b_t, groups.offsets, out=out, accumulate=accumulate, promote=promote))))
+        # Promoted sums are added to scattered main_grads at every promotion, to others once: as many roundings to fp32 more.
+        roundings = accumulate and promote > 0 and dtype == torch.float32
+        same = all(torch.equal(runs[0], r) for r in runs[1:-1]) and (snr(runs[-1], runs[0]) > 120 if roundings else torch.equal(runs[-1], runs[0]))
         kept = torch.equal(runs[0][empty], before[empty] if accumulate else torch.zeros_like(before[empty]))
         name = f"wgrad E{experts} {rows}x{n}x{k} {fmt} {dtype} accumulate {accumulate} promote {promote}"
-        results.append(verdict(name, snr(runs[0], want), floor, all(torch.equal(runs[0], r) for r in runs[1:]), kept))
+        results.append(verdict(name, snr(runs[0], want), floor, same, kept))
     return results
 
 
