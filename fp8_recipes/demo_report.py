@@ -16,22 +16,29 @@ from . import __version__
 from .architecture import Architecture
 from .demo import DemoError, Run, Setup, Text, choose_device, compare, deviation, load_text, setup, trailing_mean
 from .monitor import as_percent, describe_range, total
+from .nn.linear import check_recipe
 from .recipe import Recipe
 
 _BASELINE_COLOUR, _RECIPE_COLOUR = "#4c566a", "#c2410c"
 
 
 def run_demo(recipe: Recipe, arch: Architecture, *, steps: int | None, device: str, out: Path, data: Path | None, seed: int) -> None:
-    """``fp8-recipes demo``: check everything, train twice with a progress bar, report. Raises `DemoError` before any training."""
+    """``fp8-recipes demo``: check everything, train twice with a progress bar, report. Raises `DemoError` or `RecipeError` before any training."""
     missing = [m for m in ("rich", "matplotlib") if importlib.util.find_spec(m) is None]
     if missing:
         raise DemoError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if out.exists() and not out.is_dir():
         raise DemoError(f"--out {out} is a file; name a folder")
+    check_recipe(recipe)
+    if not 0 <= seed < 2**63:
+        raise DemoError(f"--seed {seed} must be at least 0 and below 2**63")
     chosen, why = choose_device(device)
     config = setup(chosen, steps, seed, arch)
     text = load_text(data, config.gpt.seq)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {out} cannot be made: {error.strerror}; name a folder that you may write") from None
     if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and on a busy machine every operation would wait for it
 

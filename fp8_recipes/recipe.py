@@ -238,12 +238,20 @@ def from_yaml(path: str | Path, overrides: str = "") -> Recipe:
         import yaml
     except ImportError as error:
         raise RecipeError(f"reading {path} needs pyyaml: pip install pyyaml") from error
-    with open(path) as stream:
-        data = yaml.safe_load(stream)
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, got {type(data).__name__}")
     if not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path}: recipe keys must be words, got {[key for key in data if not isinstance(key, str)]}")
+    if not isinstance(data.get("name", ""), str):
+        raise RecipeError(f"{path}: name={data['name']!r} must be a word")
     base = from_name(str(data.pop("base"))) if "base" in data else Recipe(str(data.get("name", Path(path).stem)))
     return base.with_overrides(**data).with_overrides(**_parse_overrides(str(path), overrides))
 

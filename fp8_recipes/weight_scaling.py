@@ -178,7 +178,10 @@ class WeightScaling:
         key = (float(betas[0]), float(betas[1]))
         if key not in self._bounds:
             self._bounds[key] = adam_update_bound(*key)
-        return abs(float(group["lr"])) * self._bounds[key]
+        rate = abs(float(group["lr"]))
+        if not math.isfinite(rate):
+            raise ValueError(f"learning rate {rate} of a parameter group: the scale of its weights cannot be predicted, and the step has made them NaN")
+        return rate * self._bounds[key]
 
     def advance(self, reach: float) -> None:
         """One optimizer step in which no weight moved by more than ``reach``."""

@@ -47,6 +47,7 @@ class Memory:
 
     def store(self, value: torch.Tensor) -> None:
         assert value.shape == self.data.shape and value.dtype == self.data.dtype
+        assert self.program.shared, "some warp may not have waited until TMA had read this memory"
         self.data.copy_(value)
         self.program.fenced = self.program.synchronised = False
 
@@ -88,6 +89,7 @@ class Program:
         self.stores: list[Callable[[], None]] = []
         self.barriers: dict[int, Barrier] = {}
         self.synchronised = True
+        self.shared = True  # has every thread learnt what TMA has read?
         self.fenced = False
 
     # gl
@@ -102,7 +104,7 @@ class Program:
         return value.item() if value.dim() == 0 else value
 
     def thread_barrier(self) -> None:
-        self.synchronised = True
+        self.synchronised = self.shared = True
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(x, torch.Tensor), "the accumulator is read while a product runs"
@@ -179,7 +181,7 @@ class Program:
         for store in self.stores:
             store()
         self.stores.clear()
-        self.synchronised = False
+        self.synchronised = self.shared = False
 
     def names(self) -> dict[str, Any]:
         """What the kernel's module imports, for this program."""

@@ -65,6 +65,12 @@ def test_demo_writes_table_log_summary_and_plot(tmp_path: Path, capsys: pytest.C
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--steps", "-5"], "--steps -5 must be at least 1"),
         (["--device", "cuda"], "--device cuda: .*use --device cpu"),
+        (["--recipe", "fog"], "recipe 'fog': stock=delayed and attention=fp8 are TransformerEngine's"),
+        (["--recipe", "moss:attention=fp8"], "recipe 'moss': attention=fp8 is TransformerEngine's"),
+        (["--recipe", "moss:weight_cache=row"], "weight_cache=row needs to know where a step begins"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999 must be at least 0 and below"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--out", "/proc/nowhere/out"], "--out /proc/nowhere/out cannot be made"),
     ],
 )
 def test_mistakes_are_one_sentence_and_code_2(

@@ -169,6 +169,9 @@ def test_yaml_base_name_and_overrides(tmp_path: Path) -> None:
         ("", "expected a mapping of recipe fields, got NoneType"),
         ("1: moss\n", r"recipe keys must be words, got \[1\]"),
         ("base: 3\n", "unknown recipe '3'"),
+        ("name: [a\n", "is not YAML: while parsing a flow sequence"),
+        ("name: [a]\n", r"name=\['a'\] must be a word"),
+        ("name: \x00\n", "is not YAML: .*special characters are not allowed"),
         ("base: moss\nintervals: 3\n", r"has no key 'intervals' \(did you mean interval"),
         ("base: moss\ninterval: 1.5\n", "interval=1.5 must be an integer"),
         ("base: moss\ninterval: true\n", "interval=True must be an integer"),
@@ -178,6 +181,15 @@ def test_yaml_base_name_and_overrides(tmp_path: Path) -> None:
 def test_yaml_refusals(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         from_yaml(write(tmp_path / "recipe.yaml", text))
+
+
+def test_a_file_that_is_no_text_and_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="is not YAML: .*codec can't decode"):
+        from_yaml(path)
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        from_yaml(tmp_path)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

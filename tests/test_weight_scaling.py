@@ -154,6 +154,15 @@ def test_travel_is_the_sum_of_scheduled_learning_rates_times_the_bound() -> None
     assert clock.travel == pytest.approx(sum(rates) * adam_update_bound(0.9, 0.95))
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_rate_that_is_no_number_is_refused(rate: float) -> None:
+    weight, _, _, optimizer = one_weight(torch.ones(2, 2))
+    optimizer.param_groups[0]["lr"] = rate
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match=f"learning rate {rate} of a parameter group"):
+        optimizer.step()
+
+
 def test_the_group_with_the_longest_reach_counts() -> None:
     a, b = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     clock, _ = quiet()

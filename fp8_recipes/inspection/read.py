@@ -106,7 +106,10 @@ def read_run(path: Path) -> list[RunLog]:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """Objects with a step. The last line may be cut off: the run may still be writing."""
-    texts = file.read_text().splitlines()
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InspectError(f"{file} cannot be read as text ({error}); is this the log of a run?") from None
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue

@@ -7,8 +7,8 @@
 3. **A persistent Triton kernel** for the rest: a bias in another dtype, shapes for which cuBLASLt has no algorithm. It promotes the accumulator at a chosen
    distance. One program per multiprocessor walks over output tiles; TMA loads of the next tile are in flight while the last one is written.
 
-Measured on one H200, accumulating into fp32: the library does 1155 to 1340 TFLOP/s with its split accumulator on the wgrad shapes of a 7B, the Triton kernel
-1055 to 1300 with promotion every 2048. At 1024x2816x65536 the order is reversed (969 against 1096); the choice does not know that yet.
+Measured on one H200, accumulating into fp32 (one early job): the library does 1155 to 1340 TFLOP/s with its split accumulator on the wgrad shapes of a 7B, the
+Triton kernel 1055 to 1300 with promotion every 2048. At 1024x2816x65536 the order is reversed (969 against 1096); the choice does not know that yet.
 
 Hopper's FP8 matrix unit keeps about 14 bits of its accumulator. Promotion adds it to an FP32 total in registers every `promote` elements of K and clears it.
 Total and accumulator of a 128 x 256 tile take 256 registers per thread where 255 exist, so promotion sits under an ``if`` in one flat loop: the compiler then

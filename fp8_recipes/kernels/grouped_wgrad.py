@@ -172,6 +172,8 @@ def grouped_wgrad(
     multiples of 128. out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (main_grad), overwritten or, with accumulate=True, added
     to (in fp32, rounded once). Tensors that lie one after the other, in either direction, are written like one (by TMA); others through a table of addresses.
     Experts without rows: zeros, or with accumulate=True left alone. Rows beyond offsets[E] are not read. promote, config: as in `grouped_gemm`, along the rows.
+    Which kernel adds promoted sums depends on the average group, rows / E: main_grads of the same groups can differ in the last bit between buffers of
+    different length. The same call gives the same bits.
     """
     check_wgrad_operands(a_t, b_t, offsets)
     (n, rows), k, experts, device = a_t.payload.shape, b_t.payload.shape[0], a_t.scale.shape[0], a_t.device

@@ -104,7 +104,18 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument("--fp8-alarm", choices=("warn", "stop"), default="warn", help="an alarm of the metrics warns, or saves and ends the run")
     fog_arguments.extend_parser(parser)
     attention_arguments.extend_parser(parser)
+    for known in parser._actions:
+        known.help = _printable(known)
     return parser
+
+
+def _printable(action: argparse.Action) -> str | None:
+    """Its help, with the percent signs escaped that argparse would take for a format: Megatron 0.19.2 has one, and its --help ends in a ValueError."""
+    try:
+        _ = (action.help or "") % {**vars(action), "prog": ""}
+    except (ValueError, TypeError, KeyError):
+        return (action.help or "").replace("%", "%%")
+    return action.help
 
 
 def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str]:

@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         _, container = configure()
     except RecipeError as error:  # asked for something that cannot be honoured
         sys.exit(f"fp8_recipes: {error}")
+    except OSError as error:  # a file that a flag names
+        sys.exit(f"fp8_recipes: {error.filename}: {error.strerror}" if error.filename else f"fp8_recipes: {error}")
+    if not torch.cuda.is_available():
+        sys.exit("fp8_recipes: Megatron trains on CUDA GPUs and torch finds none; 'fp8-recipes demo' trains a small model without one")
     from megatron.core.enums import ModelType
     from megatron.training import pretrain, set_startup_timestamps
 

@@ -49,9 +49,18 @@ def fp8_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantize:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if recipe.stock or recipe.attention != "bf16":
+    check_recipe(recipe)
+    if recipe.folded:
+        products.check_alignment(x.device, tokens=x.shape[:-1].numel(), in_features=weight.shape[1], out_features=weight.shape[0])
+    return _Fp8Linear.apply(x, weight, bias, recipe, predicted, observer)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """RecipeError if plain torch, without TransformerEngine and Megatron, cannot run ``recipe``."""
+    theirs = ([f"stock={recipe.stock}"] if recipe.stock else []) + ([f"attention={recipe.attention}"] if recipe.attention != "bf16" else [])
+    if theirs:
         raise RecipeError(
-            f"recipe {recipe.name!r}: stock={recipe.stock or '(none)'} and attention={recipe.attention} are TransformerEngine's and Megatron's to run; "
+            f"recipe {recipe.name!r}: {' and '.join(theirs)} {'are' if len(theirs) > 1 else 'is'} TransformerEngine's and Megatron's to run; "
             "in plain torch use a recipe of this package with attention=bf16, for example moss"
         )
     if recipe.weight_cache != "none":
@@ -59,9 +68,6 @@ def fp8_linear(
             f"recipe {recipe.name!r}: weight_cache={recipe.weight_cache} needs to know where a step begins, which a plain Linear does not; "
             "use weight_cache=none"
         )
-    if recipe.folded:
-        products.check_alignment(x.device, tokens=x.shape[:-1].numel(), in_features=weight.shape[1], out_features=weight.shape[0])
-    return _Fp8Linear.apply(x, weight, bias, recipe, predicted, observer)
 
 
 def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -182,9 +188,10 @@ def convert(
 
     skip: ``skip(name, module)`` true leaves that layer as it is (embeddings' twin heads, widths that are not multiples of 16).
     scaling: puts each converted weight under automatic scaling, where the recipe predicts scales; the caller attaches the optimizer.
-    Subclasses of `torch.nn.Linear` are left alone. Raises ValueError if nothing was converted.
+    Subclasses of `torch.nn.Linear` are left alone. Raises RecipeError if plain torch cannot run the recipe, ValueError if nothing was converted.
     """
     recipe = from_name(recipe) if isinstance(recipe, str) else recipe
+    check_recipe(recipe)
     chosen = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear and not (skip is not None and skip(n, m))]
     if not chosen:
         raise ValueError(f"{type(model).__name__} holds no torch.nn.Linear to convert to recipe {recipe.name!r}, or skip rejected every one")

@@ -25,8 +25,8 @@ def require_transformer_engine() -> None:
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise RuntimeError(
-            f"TransformerEngine {version} is untested with fp8_recipes (tested: 2.19 to 2.20.x); install 'transformer-engine>=2.19,<2.21' "
-            "or run with a stock recipe"
+            f"TransformerEngine {version} is untested with fp8_recipes (tested: 2.20.2; 2.19 is let pass, not run); "
+            "install 'transformer-engine>=2.19,<2.21' or run with a stock recipe"
         )
 
 

@@ -161,6 +161,13 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_named(tm
         read_run(path)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InspectError, match=r"log.jsonl cannot be read as text"):
+        read_run(path)
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(write_run(tmp_path / "a"))]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'a' / 'report.html'}\n"

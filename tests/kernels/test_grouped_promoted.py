@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -84,7 +85,7 @@ def activation(blocks: tuple[int, ...], k: int, n: int, fmt: Format, stride: int
 
 
 def config(stages: int) -> GroupedConfig:
-    return GroupedConfig(128, 256, stages=stages, subtiles=4, group=2, store="atomic")
+    return replace(WIDE, stages=stages, group=2)
 
 
 def exact_wgrad(
@@ -143,11 +144,40 @@ def test_exact(blocks: tuple[int, ...], stages: int, promote: int, dtype: torch.
     exact_wgrad(blocks, SHAPES, E4M3, stages, promote, dtype, taken)
 
 
-@pytest.mark.parametrize("blocks", [*BLOCKS, (9, 1, 0, 12)], ids=str)
-@pytest.mark.parametrize("promote", [256, 384, 1024])
+ADDED = [((3, 0, 7, 1, 4), 256), ((5,), 384), ((0, 0, 8), 256), ((9, 1, 0, 12), 384), ((9, 1, 0, 40), 1024), ((20, 3), 1024)]
+"""Blocks per expert and a distance that is shorter than the average group. Of the last two the pending half waits five blocks, more than some groups have."""
+
+
+@pytest.mark.parametrize(("blocks", "promote"), ADDED, ids=str)
 def test_exact_added(blocks: tuple[int, ...], promote: int, taken: list) -> None:
     """To main_grads in fp32; those of experts without rows stay as they are."""
-    exact_wgrad(blocks, SHAPES, E4M3, 3, promote, torch.float32, taken, accumulate=True)
+    exact_wgrad(blocks, SHAPES[1:3] if promote == 1024 else SHAPES, E4M3, 3, promote, torch.float32, taken, accumulate=True)
+
+
+def test_experts_without_rows_are_left_alone(taken: list) -> None:
+    """Whatever their scales are: nothing is added to their main_grads, not even zero times NaN."""
+    a_t, b_t, offsets = transposed((0, 9, 0, 4, 0), 200, 520)
+    for q in (a_t, b_t):
+        q.scale[[0, 2, 4]] = torch.nan
+    before = torch.ones(5, 200, 520, device=DEVICE)
+    out = grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True, promote=256, config=config(3))
+    assert torch.equal(out[[0, 2, 4]], before[[0, 2, 4]]) and bool(out.isfinite().all())
+    assert torch.equal(out, grouped.grouped_wgrad(a_t, b_t, offsets, out=before.clone(), accumulate=True)) and taken == [("promoted_wgrad", 256)]
+
+
+@pytest.mark.parametrize(("n", "k"), [(512, 120), (256, 376), (256, 8)], ids=str)
+@pytest.mark.parametrize("order", [1, -1])
+def test_exact_swapped(n: int, k: int, order: int, monkeypatch: pytest.MonkeyPatch, taken: list) -> None:
+    """New bf16 results whose transpose fewer tiles cover, in both orders of memory; nothing beside them."""
+    monkeypatch.setattr(configs, "_RATE", {WIDE: 1.0})
+    configs.select_config.cache_clear()
+    a_t, b_t, offsets = transposed((3, 0, 7, 1), n, k)
+    want = grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.zeros(4, n, k, device=DEVICE)).bfloat16()
+    around = torch.full((6, n, k), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    grouped_wgrad(a_t, b_t, offsets, out=list(around[1:-1].unbind()[::order]), promote=256)
+    configs.select_config.cache_clear()
+    assert torch.equal(around[1:-1].flip(0) if order < 0 else around[1:-1], want) and configs.better_swapped(n, k)
+    assert bool(around[[0, -1]].isnan().all()) and taken == [("promoted_wgrad", 256)]
 
 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
@@ -181,6 +211,8 @@ def test_promotion_restarts_with_every_tile(taken: list) -> None:
     for promote, want in ((256, 2.0**24 + 2), (384, 2.0**24), (512, 2.0**24)):
         out = grouped_wgrad(q, q, offsets, out=torch.empty(4, 64, 64, device=DEVICE), promote=promote, config=config(3))
         assert out[:, 0, 0].tolist() == [want, 0, 0, want] and taken.pop() == ("promoted_wgrad", promote)
+    added = grouped_wgrad(q, q, offsets, out=torch.zeros(4, 64, 64, device=DEVICE), accumulate=True, promote=256, config=config(3))
+    assert added[:, 0, 0].tolist() == [2.0**24 + 2, 0, 0, 2.0**24 + 2] and taken == [("promoted_wgrad", 256)]
 
 
 @pytest.mark.skipif(GPU, reason="without a GPU")
@@ -198,7 +230,7 @@ def test_the_emulator_misses_every_wait(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_where_it_is_chosen(taken: list) -> None:
-    """Into a result that TMA writes and nothing is added to, whatever the order in memory; with the wide tile, in bf16 or promoted."""
+    """Promoted sums into a result that TMA writes, or into fp32 if groups are long, whatever the order in memory; with the wide tile."""
     a_t, b_t, offsets = transposed((4, 1), 64, 48)
     memory = torch.zeros(3 * (64 * 48 + 64), device=DEVICE)
     new = memory[: 2 * 64 * 48].view(2, 64, 48)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_one_clean_line_for_the_user(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt"])
     with pytest.raises(SystemExit, match="fp8_recipes: --x: no"):
         runpy.run_module("fp8_recipes.pretrain_gpt", run_name="__main__")
+
+
+def test_a_missing_file_and_a_missing_gpu_are_one_clean_line(monkeypatch):
+    import torch
+
+    from fp8_recipes.megatron import pretrain
+
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt"])
+    monkeypatch.setattr(pretrain, "configure", lambda: Path("nowhere/precision.yaml").read_text())
+    with pytest.raises(SystemExit, match="fp8_recipes: nowhere/precision.yaml: No such file"):
+        pretrain.main()
+    monkeypatch.setattr(pretrain, "configure", lambda: (None, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="fp8_recipes: Megatron trains on CUDA GPUs and torch finds none"):
+        pretrain.main()
 
 
 def test_untested_version_is_one_clean_line(monkeypatch):

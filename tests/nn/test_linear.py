@@ -319,6 +319,9 @@ def test_bad_input_is_named() -> None:
             fp8_linear(torch.ones(4, 64), w, recipe=from_name(f"moss:weight_cache={value}"))
     with pytest.raises(ValueError, match="no torch.nn.Linear"):
         convert(torch.nn.ReLU(), "moss")
+    for name in ("fog", "moss:attention=fp8", "moss:weight_cache=row"):  # at once, not at the first forward pass
+        with pytest.raises(RecipeError, match="TransformerEngine's and Megatron's to run|weight_cache=row needs"):
+            convert(torch.nn.Linear(16, 16), name)
     with pytest.raises(RecipeError, match="did you mean moss"):
         Linear(16, 16, recipe="mos")
 
