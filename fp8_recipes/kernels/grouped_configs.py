@@ -51,8 +51,8 @@ def storing(config: GroupedConfig, out_bytes: int, adds: bool) -> GroupedConfig:
 def adding(config: GroupedConfig) -> GroupedConfig:
     """For wgrad into fp32 main_grads (but for promoted long groups: `grouped_promoted`), which takes longer than the products do. Additions from registers, not
     by TMA, whose slices would wait for one another in shared memory; that leaves room for one more stage, if the slices are small. 4 to 14 % less time than
-    TMA's in all six shapes of scripts/bench_grouped.py. Slower still: asking L2 for the tile ahead (7 to 14 %), and a tile that leaves by TMA as a whole while the next one is computed (23 %, the pipeline then has
-    two stages, or 11 % with four of half the depth).
+    TMA's in all six shapes of scripts/bench_grouped.py. Slower still: asking L2 for the tile ahead (7 to 14 %), and a tile that leaves by TMA as a whole while
+    the next one is computed (23 %, the pipeline then has two stages, or 11 % with four of half the depth).
     """
     return replace(config, stages=4, subtiles=4) if config is WIDE else config
 
