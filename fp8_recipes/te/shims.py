@@ -1,6 +1,6 @@
 """Work-arounds for TransformerEngine, all of them, in one place. Each says what it replaces, why, for which versions, and when it can go.
 
-Tested with 2.20.2. `require_transformer_engine` refuses versions outside [2.19, 2.21) before anything is patched.
+Tested with 2.20.2. `require_transformer_engine` refuses versions outside [2.20, 2.21) before anything is patched.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import functools
 from importlib import metadata
 from typing import Any
 
-SUPPORTED = ((2, 19), (2, 21))
-_INSTALL = "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]>=2.19,<2.21'"
+SUPPORTED = ((2, 20), (2, 21))
+_INSTALL = "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]>=2.20,<2.21'"
 _MARK, _WRAPPERS = "_fp8_recipes_original", "_fp8_recipes_wrappers"
 
 
@@ -25,8 +25,8 @@ def require_transformer_engine() -> None:
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise RuntimeError(
-            f"TransformerEngine {version} is untested with fp8_recipes (tested: 2.20.2; 2.19 is let pass, not run); "
-            "install 'transformer-engine>=2.19,<2.21' or run with a stock recipe"
+            f"TransformerEngine {version} is untested with fp8_recipes (tested: 2.20.2); "
+            "install 'transformer-engine>=2.20,<2.21' or run with a stock recipe"
         )
 
 

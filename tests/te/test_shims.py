@@ -25,7 +25,7 @@ def test_missing_transformer_engine_says_what_to_install(monkeypatch):
         shims.require_transformer_engine()
 
 
-@pytest.mark.parametrize("version", ("2.18.0", "2.21.0", "3.0"))
+@pytest.mark.parametrize("version", ("2.18.0", "2.19.1", "2.21.0", "3.0"))
 def test_untested_version_is_refused(monkeypatch, version):
     from fp8_recipes.te import shims
 
