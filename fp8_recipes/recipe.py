@@ -240,8 +240,6 @@ def from_yaml(path: str | Path, overrides: str = "") -> Recipe:
         raise RecipeError(f"reading {path} needs pyyaml: pip install pyyaml") from error
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

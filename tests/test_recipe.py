@@ -193,7 +193,7 @@ def test_a_file_that_is_no_text_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothere.yaml"):
+    with pytest.raises(RecipeError, match="nothere.yaml cannot be read: No such file"):
         from_yaml(tmp_path / "nothere.yaml")
 
 

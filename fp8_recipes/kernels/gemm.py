@@ -305,17 +305,11 @@ def gemm_persistent(
         n,
         k,
         PROGRAMS=programs,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=BLOCK_K,
-        GROUP=config.group,
-        SUBTILES=config.subtiles,
         PROMOTE=promote // BLOCK_K if promote < k else 0,
         STRIDE_A=int(a.granularity == "row"),
         STRIDE_B=int(b.granularity == "row"),
         STORE=store,
         ACCUMULATE=accumulate,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.constants,
     )
     return out

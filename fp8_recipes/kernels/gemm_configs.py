@@ -6,6 +6,7 @@ on one H200), and how much of the device its last wave leaves idle.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 BLOCK_K = 128
@@ -28,6 +29,14 @@ class GemmConfig:
     group: int = 8
     warps: int = 8
     store: str = "reduce"
+
+    @functools.cached_property
+    def constants(self) -> dict[str, int]:
+        """What a launch of the Triton kernels takes from it."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": BLOCK_K, "GROUP": self.group, "SUBTILES": self.subtiles,
+            "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
 
     def shared_bytes(self, out_bytes: int, adds: bool = False) -> int:
         """Shared memory of the pipeline and the epilogue's buffer (two where it loads ``out`` to add to it), of the 227 KiB that a Hopper program can have."""

@@ -190,15 +190,9 @@ def grouped_gemm(
         n,
         k,
         PROGRAMS=programs,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=BLOCK_K,
-        GROUP=config.group,
-        SUBTILES=config.subtiles,
         PROMOTE=promote // BLOCK_K,
         STRIDE_B=int(b.scale.dim() == 2),
         STORE="tma" if by_tma else "pointer",
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.constants,
     )
     return out

@@ -23,7 +23,7 @@ from .common import INTERPRETED, cdiv, fetch, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
-from .grouped_configs import SMALL, WIDE, GroupedConfig, adding, better_swapped, in_gluon, select_config, storing
+from .grouped_configs import SMALL, GroupedConfig, adding, better_swapped, in_gluon, select_config, storing
 from .grouped_gemm import check_operand, check_result, takes_tma
 from .launch import launch, matrix_descriptor
 
@@ -188,7 +188,7 @@ def grouped_wgrad(
     adds = accumulate and first.dtype == torch.float32
     in_out = adds and promote > BLOCK_K
     aligned_run = order != 0 and takes_tma(first, k)
-    swapped = config is None and aligned_run and not accumulate and first.dtype == torch.bfloat16 and n % WIDE.block_n == 0 and better_swapped(n, k)
+    swapped = config is None and aligned_run and not accumulate and first.dtype == torch.bfloat16 and better_swapped(n, k)
     if swapped:
         a_t, b_t, n, k = b_t, a_t, k, n
     tile = config or select_config(experts * n, k, programs)
@@ -224,11 +224,6 @@ def grouped_wgrad(
         k,
         EXPERTS=next_power_of_2(experts),
         PROGRAMS=programs,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=BLOCK_K,
-        GROUP=config.group,
-        SUBTILES=config.subtiles,
         PROMOTE=promote // BLOCK_K,
         IN_OUT=in_out,
         STORE=store,
@@ -236,7 +231,6 @@ def grouped_wgrad(
         ORDER=order,
         ALIGNED=aligned,
         SWAPPED=swapped,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.constants,
     )
     return out

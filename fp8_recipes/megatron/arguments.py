@@ -78,7 +78,7 @@ def recipe_type(value: str) -> str:
         raise argparse.ArgumentTypeError(f"{value!r}: overrides belong to the recipes of fp8_recipes ({', '.join(recipes.RECIPES)}); {name} takes none")
     try:
         resolve(value)
-    except (RecipeError, OSError) as error:
+    except RecipeError as error:
         near = difflib.get_close_matches(name, STOCK, n=1)
         hint = f" (did you mean Megatron's {near[0]}?)" if near else f"; Megatron's own: {', '.join(STOCK)}"
         raise argparse.ArgumentTypeError(str(error) + (hint if name not in recipes.RECIPES else "")) from None
@@ -104,18 +104,7 @@ def extend_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument("--fp8-alarm", choices=("warn", "stop"), default="warn", help="an alarm of the metrics warns, or saves and ends the run")
     fog_arguments.extend_parser(parser)
     attention_arguments.extend_parser(parser)
-    for known in parser._actions:
-        known.help = _printable(known)
     return parser
-
-
-def _printable(action: argparse.Action) -> str | None:
-    """Its help, with the percent signs escaped that argparse would take for a format: Megatron 0.19.2 has one, and its --help ends in a ValueError."""
-    try:
-        _ = (action.help or "") % {**vars(action), "prog": ""}
-    except (ValueError, TypeError, KeyError):
-        return (action.help or "").replace("%", "%%")
-    return action.help
 
 
 def prepare(args: argparse.Namespace, argv: list[str] | None = None) -> list[str]:

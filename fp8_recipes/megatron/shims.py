@@ -71,6 +71,7 @@ def install() -> None:
     fused_weight_gradient()  # before megatron.core is imported: it looks for the module at import
     refuse_patched_megatron()
     recipe_flag()
+    printable_help()
     early_validation()
     recipe_of_config()
     recipe_of_module()
@@ -118,6 +119,29 @@ def recipe_flag() -> None:
     def wrapper(original: Any) -> Any:
         def add_megatron_arguments(parser: Any) -> Any:
             return arguments.extend_parser(original(parser))
+
+        return add_megatron_arguments
+
+    replace(upstream, "add_megatron_arguments", wrapper)
+
+
+def printable_help() -> None:
+    """``megatron.training.arguments.add_megatron_arguments``: --help prints.
+
+    The help of one of 0.19.2's flags holds a percent sign that is not escaped, and argparse, which takes it for a format, ends in a ValueError. Can go when
+    upstream escapes it.
+    """
+    from megatron.training import arguments as upstream
+
+    def wrapper(original: Any) -> Any:
+        def add_megatron_arguments(parser: Any) -> Any:
+            parser = original(parser)
+            for action in parser._actions:
+                try:
+                    _ = (action.help or "") % {**vars(action), "prog": ""}
+                except (ValueError, TypeError, KeyError):
+                    action.help = action.help.replace("%", "%%")
+            return parser
 
         return add_megatron_arguments
 

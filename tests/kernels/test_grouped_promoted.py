@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 
@@ -51,6 +52,15 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
             monkeypatch.setattr(product, "_multiprocessors", lambda device: 3)
         monkeypatch.setattr(module, "launch", gluon_emulator.launch)
     return seen
+
+
+@pytest.fixture
+def wide_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The choice of tiles has one."""
+    monkeypatch.setattr(configs, "_RATE", {WIDE: 1.0})
+    configs.select_config.cache_clear()
+    yield
+    configs.select_config.cache_clear()
 
 
 def integers(shape: tuple[int, ...], fmt: Format, seed: int) -> torch.Tensor:
@@ -167,15 +177,13 @@ def test_experts_without_rows_are_left_alone(taken: list) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(512, 120), (256, 376), (256, 8)], ids=str)
 @pytest.mark.parametrize("order", [1, -1])
-def test_exact_swapped(n: int, k: int, order: int, monkeypatch: pytest.MonkeyPatch, taken: list) -> None:
+@pytest.mark.usefixtures("wide_only")
+def test_exact_swapped(n: int, k: int, order: int, taken: list) -> None:
     """New bf16 results whose transpose fewer tiles cover, in both orders of memory; nothing beside them."""
-    monkeypatch.setattr(configs, "_RATE", {WIDE: 1.0})
-    configs.select_config.cache_clear()
     a_t, b_t, offsets = transposed((3, 0, 7, 1), n, k)
     want = grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.zeros(4, n, k, device=DEVICE)).bfloat16()
     around = torch.full((6, n, k), torch.nan, device=DEVICE, dtype=torch.bfloat16)
     grouped_wgrad(a_t, b_t, offsets, out=list(around[1:-1].unbind()[::order]), promote=256)
-    configs.select_config.cache_clear()
     assert torch.equal(around[1:-1].flip(0) if order < 0 else around[1:-1], want) and configs.better_swapped(n, k)
     assert bool(around[[0, -1]].isnan().all()) and taken == [("promoted_wgrad", 256)]
 
@@ -320,6 +328,7 @@ def test_machine_code_streams_products() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs one Hopper GPU")
+@pytest.mark.usefixtures("wide_only")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_random_data_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, taken: list) -> None:
     """Bit for bit what Triton's kernels compute; also where the transpose is computed."""
@@ -333,8 +342,6 @@ def test_random_data_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     b.payload[:] = torch.randn(b.payload.shape, device=DEVICE).to(b.payload.dtype)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
-        monkeypatch.setattr(configs, "_RATE", {WIDE: 1.0})
-        configs.select_config.cache_clear()
         grad = grouped_wgrad(a_t, b_t, offsets, out=torch.empty(5, 2048, 1408, device=DEVICE, dtype=dtype), promote=promote)
         return grad, grouped_gemm(a, b, block_expert, out_dtype=dtype, promote=promote)[:rows]
 
@@ -344,7 +351,6 @@ def test_random_data_on_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(product, "in_gluon", lambda *args: False)
     triton_wgrad = grouped_wgrad(a_t, b_t, offsets, out=torch.empty(5, 2048, 1408, device=DEVICE, dtype=dtype), promote=promote, config=SMALL)
     triton_gemm = grouped_gemm(a, b, block_expert, out_dtype=dtype, promote=promote)[:rows]
-    configs.select_config.cache_clear()
     want = grouped.grouped_wgrad(a_t, b_t, offsets, out=torch.empty(5, 2048, 1408, device=DEVICE)), grouped.grouped_gemm(a, b, block_expert)[:rows]
     for got, again, other, reference in zip(first, second, (triton_wgrad, triton_gemm), want, strict=True):
         assert_bitwise(again, got)

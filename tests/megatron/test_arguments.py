@@ -26,7 +26,6 @@ def test_flag_takes_our_recipes_and_the_stock_ones(parse, value):
         ("moss:interval=0", ["at least 1 step"]),
         ("blockwise:interval=3", ["takes none"]),
         ("missing.yaml", ["missing.yaml"]),
-        ("/proc/self/mem.yaml", ["/proc/self/mem.yaml"]),
     ],
 )
 def test_flag_refuses_with_near_misses(parse, capsys, value, words):
@@ -36,6 +35,14 @@ def test_flag_refuses_with_near_misses(parse, capsys, value, words):
     assert "argument --fp8-recipe" in message
     for word in words:
         assert word in message
+
+
+def test_a_recipe_file_that_is_broken_is_one_sentence(parse, capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: [a\n")
+    with pytest.raises(SystemExit):
+        parse(f"--fp8-recipe {path}")
+    assert f"argument --fp8-recipe: {path} is not YAML: while parsing" in capsys.readouterr().err
 
 
 def test_help_can_be_printed(parse, capsys):
