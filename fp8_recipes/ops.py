@@ -121,8 +121,8 @@ def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor,
     return _backend(a_t).grouped_wgrad(a_t, b_t, offsets, **kwargs)
 
 
-def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
-    return _backend(q).grouped_fold_transpose(q, offsets, block_expert)
+def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor, to: str = "column_block") -> GroupedTensor:
+    return _backend(q).grouped_fold_transpose(q, offsets, block_expert, to)
 
 
 def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None = None) -> GroupedTensor:

@@ -1,8 +1,8 @@
 """Recipes: what is quantised, how finely, where scales come from. A recipe is a value; it does nothing.
 
-    from_name("moss")                              a named recipe
-    from_name("moss:interval=200,grad=e5m2")       with overrides
-    from_yaml("configs/recipes/moss.yaml")         from a file, same keys
+from_name("moss")                              a named recipe
+from_name("moss:interval=200,grad=e5m2")       with overrides
+from_yaml("configs/recipes/moss.yaml")         from a file, same keys
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "grad_granularity": ("micro", "tile", "row"),
     "weight_granularity": ("tensor", "block"),
     "fold": ("row", "none"),
-    "wgrad_fold": ("column_block", "tensor", "none"),
+    "wgrad_fold": ("column_block", "column", "tensor", "none"),
     "global_scale": ("unit", "measured"),
     "weight_scale": ("predicted", "measured"),
     "weight_cache": ("none", "ffn", "row"),
@@ -51,8 +51,9 @@ class Recipe:
     weight_granularity: "tensor", or "block" (128x128; measured scales, no fold).
     fold: "row" folds x and dy to one scale per row inside the quantising kernel, so that every product runs on FP8 matrix units with scales in its epilogue.
         "none" keeps the fine scales and multiplies exactly, by dequantising to bf16: the check, at bf16 speed.
-    wgrad_fold: scale of the transposed operands of wgrad: "column_block" or "tensor"; "none" multiplies the dequantised payloads in bf16 (exactly, at bf16
-        speed), to tell what the fold along the tokens costs.
+    wgrad_fold: scale of the transposed operands of wgrad: "column_block" (one for 128 features), "column" (one for each; reads both operands once more, for
+        models with massive activations) or "tensor"; "none" multiplies the dequantised payloads in bf16 (exactly, at bf16 speed), to tell what the fold along
+        the tokens costs.
     global_scale: of micro granularity: "unit" (1.0, one read) or "measured" (MOSS as published, two reads; needs fold="none").
     weight_scale: "predicted" (automatic weight scaling) or "measured" (amax of the weight at every use).
     interval: steps between true measurements of a predicted scale.
@@ -140,7 +141,7 @@ class Recipe:
         if self.moe == "flow":
             row_scales = (self.activation_granularity, self.grad_granularity, self.weight_granularity) == ("row", "row", "tensor")
             fold = "none" if self.fold == "none" and row_scales else "row"  # without a fold the experts run exactly, for checking
-            wgrad_fold = "none" if self.wgrad_fold == "none" else "column_block"
+            wgrad_fold = "column_block" if self.wgrad_fold == "tensor" else self.wgrad_fold
             for key, needed in (("quantize", True), ("fold", fold), ("wgrad_fold", wgrad_fold)):
                 if getattr(self, key) != needed:
                     raise RecipeError(f"recipe {self.name!r}: moe=flow folds every operand of its grouped products; it needs {key}={needed}, or use moe=none")

@@ -80,9 +80,9 @@ def _requantize(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     return scaled.clamp(-E4M3.max, E4M3.max).to(E4M3.dtype).view(x.shape)
 
 
-def requantized(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
+def requantized(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor, to: str) -> GroupedTensor:
     """Dequantise to bf16 and transpose, quantise again: two passes where `grouped_fold_transpose` is one (beside the maxima of the exponents, in both)."""
-    assert q.tile_exponent is not None
+    assert q.tile_exponent is not None and to == "column_block"
     experts, cols = offsets.shape[0] - 1, q.shape[1]
     tiles = q.tile_exponent.view(-1, TILE, q.tile_exponent.shape[1]).amax(1).int()
     owner = torch.where(block_expert < 0, experts, block_expert).long()
@@ -237,7 +237,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="check only")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--recipes", nargs="+", default=["fp8_flow_moe", "fp8_flow_moe:moe_saved=activation", "fp8_flow_moe:moe_saved=input"])
+    recipes = ["fp8_flow_moe", *(f"fp8_flow_moe:{option}" for option in ("moe_saved=activation", "moe_saved=input", "wgrad_fold=column"))]
+    parser.add_argument("--recipes", nargs="+", default=recipes)
     parser.add_argument("--ablation", action="store_true", help="our layer with stand-alone steps put back, instead of the comparison")
     parser.add_argument("--profile", nargs=2, metavar=("SHAPE", "CONTENDER"), help="print one step's kernels instead")
     parser.add_argument("--csv", type=Path, help="directory for moe_bench.csv or moe_ablation.csv")

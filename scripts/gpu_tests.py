@@ -82,6 +82,7 @@ SHORT = [
         ("kernels-swiglu", 130, "swiglu.py and not saved"),
         ("kernels-products", 180, "saved or gemm.py or tanh.py"),
         ("kernels-quantize", 110, "quantize.py"),
+        ("kernels-large", 110, "test_large"),
         ("kernels", 170, ""),
     ),
     Group("te", "gpu", ("tests/te",), 45),

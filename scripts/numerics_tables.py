@@ -215,7 +215,7 @@ CASES: dict[str, tuple[str, str]] = {
     "dy: log-normal elements": ("normal", "log-normal elements (4 binades)"),
 }
 """x and dy of each case; the weight is normal, 0.02."""
-OURS = ("moss", "moss:grad=e5m2", "moss:wgrad_fold=tensor", "row", "row:grad=e5m2", "moss_exact", "moss_exact:grad=e5m2", "tile")
+OURS = ("moss", "moss:grad=e5m2", "moss:wgrad_fold=column", "moss:wgrad_fold=tensor", "row", "row:grad=e5m2", "moss_exact", "moss_exact:grad=e5m2", "tile")
 
 
 def operands(case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -266,7 +266,7 @@ def wgrad_operands() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Ways to the [features, tokens] operand of wgrad; each gives the values it stands for, [tokens, features]."""
     return {
         "saved payload, fold to column block": lambda x: dequantize(fold_transpose(quantize(x, "micro", fold="row"))).t(),
-        "saved payload, fold to each column": lambda x: pow2(pow2(x, "micro", fold="row").t().contiguous(), "row").t(),
+        "saved payload, fold to each column": lambda x: dequantize(fold_transpose(quantize(x, "micro", fold="row"), to="column")).t(),
         "saved payload, fold to tensor": lambda x: dequantize(fold_transpose(quantize(x, "micro", fold="row"), to="tensor")).t(),
         "bf16 again, one scale per column": lambda x: pow2(x.t().contiguous(), "row").t(),
         "bf16 again, 1x128 along tokens": lambda x: pow2(x.t().contiguous(), "tile").t(),

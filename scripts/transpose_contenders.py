@@ -1,10 +1,11 @@
 """Ways to the transposed payload that wgrad of experts reads: ours, the paper's, and what both replace. For bench_grouped.py.
 
     ours        one scale per row of a payload -> one scale per column block over all tokens of an expert (`grouped_fold_transpose`)
+    columns     the same, one scale per column: another read of the payload finds its largest value
     paper       one scale per 1x128 -> one per row of every transposed 128x128 tile (`scaling_aware_transpose`, Algorithm 1 of arXiv 2511.02302)
     naive       dequantise to bf16, transpose, quantise along the tokens: three passes, or two with the transpose inside the first
 
-The naive ways measure new scales, so their values are rounded twice; the other two move exponents.
+The naive ways measure new scales, so their values are rounded twice; the others move exponents.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fp8_recipes.tensor import ScaledTensor
 
 SHAPES = ((64, 98304, 2048), (64, 98304, 1408), (8, 32768, 7168), (8, 32768, 4096), (128, 131072, 2048), (128, 131072, 768))
 """Experts, rows, columns: inputs of fc1 and fc2 of DeepSeek-V2-Lite, V3 and Qwen3-30B-A3B."""
-BYTES = {"copy": 2, "ours": 2, "paper": 2, "naive, 2 passes": 6, "naive, 3 passes": 10}
+BYTES = {"copy": 2, "ours": 2, "columns": 3, "paper": 2, "naive, 2 passes": 6, "naive, 3 passes": 10}
 """Read and written per value."""
 
 
@@ -75,9 +76,10 @@ def check(rows: int, cols: int, fmt: Format, offsets: torch.Tensor, block_expert
         return torch.equal(*payloads) and torch.equal(a.scale[:scales], b.scale[:scales])
 
     found = {}
-    ours = [grouped_fold_transpose(by_row, offsets, block_expert) for _ in range(2)]
-    want = reference.grouped_fold_transpose(by_row, offsets, block_expert)
-    found["ours"] = same(ours[0], want, len(want.scale)), same(*ours, len(want.scale))
+    for name, to in (("ours", "column_block"), ("columns", "column")):
+        runs = [grouped_fold_transpose(by_row, offsets, block_expert, to) for _ in range(2)]
+        want = reference.grouped_fold_transpose(by_row, offsets, block_expert, to)
+        found[name] = same(runs[0], want, len(want.scale)), same(*runs, len(want.scale))
     for name, q in (("paper", by_tile), ("paper, row scales", by_row)):
         runs = [scaling_aware_transpose(q, block_expert) for _ in range(2)]
         found[name] = same(runs[0], reference.scaling_aware_transpose(q, block_expert), blocks), same(*runs, blocks)
@@ -98,6 +100,7 @@ def contenders(sets: list[torch.Tensor], offsets: torch.Tensor, block_expert: to
     return {
         "copy": lambda i: target.copy_(source[i % n]),
         "ours": lambda i: grouped_fold_transpose(by_row[i % n], offsets, block_expert),
+        "columns": lambda i: grouped_fold_transpose(by_row[i % n], offsets, block_expert, "column"),
         "paper": lambda i: scaling_aware_transpose(by_tile[i % n], block_expert),
         "naive, 2 passes": lambda i: naive(by_tile[i % n], 2),
         "naive, 3 passes": lambda i: naive(by_tile[i % n], 3),

@@ -96,7 +96,7 @@ def test_overrides_are_typed() -> None:
         ("row:grad_granularity=block", r"grad_granularity='block' is not one of micro, tile, row"),
         ("row:weight_granularity=row", r"weight_granularity='row' is not one of tensor, block"),
         ("row:fold=rows", r"fold='rows' is not one of row, none \(did you mean row\?\)"),
-        ("row:wgrad_fold=column", r"wgrad_fold='column' is not one of column_block, tensor, none \(did you mean column_block\?\)"),
+        ("row:wgrad_fold=columns", r"wgrad_fold='columns' is not one of column_block, column, tensor, none \(did you mean column or column_block\?\)"),
         ("moss_exact:global_scale=mesured", r"global_scale='mesured' is not one of unit, measured \(did you mean measured\?\)"),
         ("row:weight_scale=delayed", r"weight_scale='delayed' is not one of predicted, measured"),
         ("row:weight_cache=all", r"weight_cache='all' is not one of none, ffn, row"),

@@ -11,13 +11,16 @@ FP32 subnormals are never flushed: Triton compiles without ftz, so a bf16 subnor
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..formats import E5M2, Format, exponent_of, is_power_of_two, to_e8m0
-from ..tensor import TILE, ScaledTensor
+from ..formats import E5M2, Format, exponent_of, format_of, is_power_of_two, to_e8m0
+from ..tensor import MICRO, TILE, ScaledTensor
 
 
 @triton.jit
@@ -66,6 +69,12 @@ def scale_bytes(q: ScaledTensor) -> torch.Tensor:
     if q.granularity == "micro":
         return q.scale
     return torch.where(is_power_of_two(q.scale), to_e8m0(exponent_of(q.scale)), BAD_SCALE)
+
+
+@functools.cache
+def source_constants(granularity: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels' constants for a payload's scales and format."""
+    return {"GROUP": {"row": 0, "tile": TILE, "micro": MICRO}[granularity], "E5M2": is_e5m2(format_of(dtype))}
 
 
 def tiles_of(cols: int) -> int:
@@ -183,6 +192,19 @@ def decode(byte, E5M2: tl.constexpr):
     if E5M2:
         return finite_or_nan(byte.to(tl.float8e5, bitcast=True).to(tl.float32))
     return byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def scale_byte(source_ptr, row, column, rows, cols, GROUP: tl.constexpr):
+    """E8M0 byte of the scale of the values at [row, column] (broadcastable); 255 where it is bad. GROUP 0: fp32 scale per row; else E8M0 per
+    GROUP columns."""
+    if GROUP == 0:
+        bits = tl.load(source_ptr + row, mask=row < rows, other=1.0).to(tl.int32, bitcast=True)
+        byte = bits >> 23  # negative if the sign is set
+        return tl.where(((bits & 0x7FFFFF) == 0) & (byte > 0), byte, 255)
+    else:
+        groups = (cols + GROUP - 1) // GROUP
+        return tl.load(source_ptr + row * groups + column // GROUP, mask=(row < rows) & (column < cols), other=127).to(tl.int32)
 
 
 @triton.jit

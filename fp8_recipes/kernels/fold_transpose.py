@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import Format, format_of
+from ..reference.fold import check_transpose_to
 from ..reference.quantize import tile_exponents
-from ..tensor import MICRO, TILE, ScaledTensor
+from ..tensor import ScaledTensor
 from . import common
+from .column_fold import fold_columns
 from .common import (
     INTERPRETED,
     cdiv,
@@ -36,7 +37,9 @@ from .common import (
     is_e5m2,
     next_power_of_2,
     pow2,
+    scale_byte,
     scale_bytes,
+    source_constants,
     store_copies,
     tiles_of,
     to_fp32,
@@ -92,17 +95,8 @@ def _partial_target_kernel(exponent_ptr, partial_ptr, rows, tiles, ROWS: tl.cons
 
 @triton.jit
 def _row_shift(source_ptr, row, column, target, rows, cols, GROUP: tl.constexpr):
-    """Exponent shift of the values at [row, column] (broadcastable); 255 where the source scale is bad.
-
-    GROUP 0: fp32 scale per row; else E8M0 per GROUP columns.
-    """
-    if GROUP == 0:
-        bits = tl.load(source_ptr + row, mask=row < rows, other=1.0).to(tl.int32, bitcast=True)
-        byte = bits >> 23  # negative if the sign is set
-        byte = tl.where(((bits & 0x7FFFFF) == 0) & (byte > 0), byte, 255)
-    else:
-        groups = (cols + GROUP - 1) // GROUP
-        byte = tl.load(source_ptr + row * groups + column // GROUP, mask=(row < rows) & (column < cols), other=127).to(tl.int32)
+    """Exponent shift of the values at [row, column] (broadcastable); 255 where the source scale is bad."""
+    byte = scale_byte(source_ptr, row, column, rows, cols, GROUP)
     return tl.where(byte == 255, 255, byte - target)
 
 
@@ -232,21 +226,14 @@ def _partial_targets(tiles: torch.Tensor, overlap: bool) -> torch.Tensor:
     return partial
 
 
-@functools.cache
-def _source_constants(granularity: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernels' constants for a payload's scales and format."""
-    return {"GROUP": {"row": 0, "tile": TILE, "micro": MICRO}[granularity], "E5M2": is_e5m2(format_of(dtype))}
-
-
 def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: TransposePlan | None = None) -> ScaledTensor:
     """Kernel twin of `fp8_recipes.reference.fold_transpose`: payload [cols, rows], one scale per row of the result.
 
     q: row (with tile_exponent), tile or micro (global_scale None), or tensor. Where a scale is not a power of two the reference raises; here its values become
-    NaN, because to raise the host would have to wait for the GPU. (One scale for all is never shifted and may be any number.) plan: tile and launch order, for
-    benchmarks.
+    NaN, because to raise the host would have to wait for the GPU. (One scale for all is never shifted and may be any number.) to="column" needs rows and cols
+    that are multiples of 4. plan: tile and launch order of the other two, for benchmarks.
     """
-    if to not in ("column_block", "tensor"):
-        raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
+    check_transpose_to(to)
     check_payload(q)
     check_not_empty(q.payload, "payload")
     plan = PLAN if plan is None else plan
@@ -254,9 +241,12 @@ def fold_transpose(q: ScaledTensor, to: str = "column_block", *, plan: Transpose
         return _transpose(q, plan)
     rows, cols = q.payload.shape
     tiles = _tile_bytes(q)
+    if to == "column":
+        payload, scales = fold_columns(q)
+        return ScaledTensor(payload, scales[0], "row")
     overlap = plan.overlap and to == "column_block" and not common.IS_INTERPRETED
     source = q.scale if q.granularity == "row" else scale_bytes(q)
-    constants = _source_constants(q.granularity, q.payload.dtype)
+    constants = source_constants(q.granularity, q.payload.dtype)
     scale = common.empty((cols,), torch.float32, q.device)
     partial = _partial_targets(tiles, overlap)
     if to == "tensor":

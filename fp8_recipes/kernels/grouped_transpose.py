@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.grouped import GroupedTensor, check_blocks, check_offsets
+from ..reference.grouped import GroupedTensor, check_blocks, check_grouped_to, check_offsets
 from ..tensor import TILE, ScaledTensor
 from . import common
-from .common import cdiv, check_payload, next_power_of_2, pow2, scale_bytes, tiles_of
-from .fold_transpose import _dependents_may_start, _row_shift, _source_constants, _tile_bytes, _wait_for_previous_kernel
+from .column_fold import fold_columns
+from .common import cdiv, check_payload, next_power_of_2, pow2, scale_bytes, source_constants, tiles_of
+from .fold_transpose import _dependents_may_start, _row_shift, _tile_bytes, _wait_for_previous_kernel
 from .launch import launch
 from .words import load_quads, shift_words, transpose_4x4
 
@@ -118,13 +119,15 @@ def _grouped_fold_transpose_kernel(
         tl.store(scale_ptr + expert * cols + column, scale, mask=column < cols)
 
 
-def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
-    """Kernel twin of `reference.grouped.grouped_fold_transpose`: payload [cols, rows], scale [E, cols], per expert its own column-block scales.
+def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor, to: str = "column_block") -> GroupedTensor:
+    """Kernel twin of `reference.grouped.grouped_fold_transpose`: payload [cols, rows], scale [E, cols], per expert its own scales, as ``to`` says.
 
     q: [rows, cols] row (with tile_exponent), tile or micro (no global scale); rows a multiple of 128, cols of 4. offsets: int32 [E + 1], block_expert: int32
     [rows / 128] (-1 = unused), on the device. Columns of the payload that belong to unused blocks are left unwritten. Where a scale is not a power of two the
-    values become NaN, as in `fold_transpose`. Experts without rows get the scale 2**-126.
+    values become NaN, as in `fold_transpose`. Experts without rows get the scale 2**-126. to: "column_block", or "column", which reads the payload twice
+    (`column_fold`).
     """
+    check_grouped_to(to)
     check_payload(q)
     rows, cols = q.payload.shape
     experts = offsets.shape[0] - 1
@@ -133,6 +136,8 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     if cols == 0 or cols % 4:
         raise ValueError(f"cols={cols} must be a positive multiple of 4 (of 16 for the products); pad the features with zeros")
     tiles = _tile_bytes(q)
+    if to == "column":
+        return GroupedTensor(*fold_columns(q, offsets, block_expert))
     overlap = not common.IS_INTERPRETED
     blocks, count = rows // TILE, tiles_of(cols)
     width = min(32, next_power_of_2(count))
@@ -143,7 +148,7 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     payload = common.empty((cols, rows // 4), torch.int32, q.device)
     source = q.scale if q.granularity == "row" else scale_bytes(q)
     words = q.payload.view(torch.int32)
-    constants = _source_constants(q.granularity, q.payload.dtype)
+    constants = source_constants(q.granularity, q.payload.dtype)
     second = (words, payload, scale, source, maximum, offsets, block_expert, rows, cols)
     launch(_grouped_fold_transpose_kernel, (blocks * count,), *second, **constants, CHUNK=CHUNK, OVERLAP=overlap, num_warps=4, launch_pdl=overlap)
     return GroupedTensor(payload.view(q.payload.dtype), scale)

@@ -14,8 +14,7 @@ import triton.language as tl
 from ..reference.grouped import GroupedTensor, check_tile_transpose
 from ..tensor import ScaledTensor
 from . import common
-from .common import cdiv, check_not_empty, check_payload, tiles_of
-from .fold_transpose import _source_constants
+from .common import cdiv, check_not_empty, check_payload, source_constants, tiles_of
 from .launch import launch
 from .words import load_quads, shift_words, transpose_4x4
 
@@ -120,6 +119,6 @@ def scaling_aware_transpose(q: ScaledTensor, block_expert: torch.Tensor | None =
     exponent = q.tile_exponent if q.granularity == "row" else q.scale  # read only where there is one scale per row
     used = words if block_expert is None else block_expert
     arguments = (words, payload, scale, q.scale, exponent, used, rows, cols)
-    constants = _source_constants(q.granularity, q.payload.dtype)
+    constants = source_constants(q.granularity, q.payload.dtype)
     launch(_tile_transpose_kernel, (blocks * tiles_of(cols),), *arguments, **constants, BLOCKS=block_expert is not None, num_warps=4)
     return GroupedTensor(payload.view(q.payload.dtype), scale)

@@ -306,9 +306,10 @@ def _weight_gradients(operands: list[ScaledTensor], weight: ExpertWeights, row_m
     """
     offsets, block_expert = row_map.offsets, row_map.block_expert
     wgrad: Callable[..., Any]
-    if weight.recipe.folded and weight.recipe.wgrad_fold != "none":
-        x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [K, rows]
-        dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert)  # [N, rows]
+    to = weight.recipe.wgrad_fold
+    if weight.recipe.folded and to != "none":
+        x_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert, to)  # [K, rows]
+        dy_t = ops.grouped_fold_transpose(operands.pop(), offsets, block_expert, to)  # [N, rows]
         wgrad = partial(ops.grouped_wgrad, dy_t, x_t, offsets, promote=weight.recipe.promote)
     else:
         x, dy = operands.pop(), operands.pop()

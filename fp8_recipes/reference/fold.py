@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import cast_saturating, exponent_of, is_power_of_two, pow2, to_e8m0
+from ..formats import SCALE_EXPONENT_MAX, SCALE_EXPONENT_MIN, cast_saturating, exponent_of, is_power_of_two, pow2, scale_exponent_from_amax, to_e8m0
 from ..tensor import TILE, ScaledTensor
-from .quantize import expand_scale, tile_exponents
+from .quantize import expand_scale, finite_abs, tile_exponents
 
 FINER = {"tile": ("micro",), "block": ("micro", "tile"), "row": ("micro", "tile"), "tensor": ("micro", "tile", "block", "row")}
 """What may be folded to what."""
@@ -67,17 +67,38 @@ def fold(q: ScaledTensor, granularity: str) -> ScaledTensor:
     return ScaledTensor(payload, pow2(target), granularity, tile_exponent=to_e8m0(tiles) if granularity == "row" else None)
 
 
+TO = ("column", "column_block", "tensor")
+"""What shares a scale in the result of `fold_transpose`."""
+
+
+def check_transpose_to(to: str) -> None:
+    """ValueError unless ``to`` is one of `TO`."""
+    if to not in TO:
+        raise ValueError(f"cannot fold_transpose to {to!r}; expected {', '.join(map(repr, TO))}")
+
+
+def _column_exponents(q: ScaledTensor) -> torch.Tensor:
+    """Exponent of the smallest scale under which a column's largest value fits, int32 [cols]; NaN does not count. From exponents, as the values themselves
+    (payload times scale) may be beyond fp32."""
+    alone = scale_exponent_from_amax(finite_abs(q.payload.float()), q.format)  # of a value under the scale 1
+    needed = torch.where(alone > SCALE_EXPONENT_MIN, alone + _exponents(q), SCALE_EXPONENT_MIN)  # zeros need none
+    return needed.amax(dim=0).clamp(SCALE_EXPONENT_MIN, SCALE_EXPONENT_MAX)
+
+
 def fold_transpose(q: ScaledTensor, to: str = "column_block") -> ScaledTensor:
     """Transposed payload [cols, rows] under one scale per row of the result, all that the contraction over the original rows allows.
 
-    to: "column_block" (128 original columns share the largest of their tile scales) or "tensor". The result's ``scale`` is [cols] fp32, granularity "row".
+    to: "column_block" (128 original columns share the largest of their tile scales), "tensor" (all columns do), or "column" (each has the smallest scale that
+    holds its largest value, which another pass over the payload finds). The result's ``scale`` is [cols] fp32, granularity "row".
     A payload under one scale ("tensor") keeps its bytes and its scale.
     """
-    if to not in ("column_block", "tensor"):
-        raise ValueError(f"cannot fold_transpose to {to!r}; expected 'column_block' or 'tensor'")
+    check_transpose_to(to)
     if q.granularity == "tensor":
         return ScaledTensor(q.payload.t().contiguous(), q.scale.expand(q.shape[1]).contiguous(), "row")
     tiles = tile_exponents(q)
-    target = tiles.amax(dim=0).repeat_interleave(TILE)[: q.shape[1]] if to == "column_block" else tiles.amax().expand(q.shape[1])
+    if to == "column":
+        target = _column_exponents(q)
+    else:
+        target = tiles.amax(dim=0).repeat_interleave(TILE)[: q.shape[1]] if to == "column_block" else tiles.amax().expand(q.shape[1])
     payload = _shift(q, target[None, :]).t().contiguous()
     return ScaledTensor(payload, pow2(target.contiguous()), "row")

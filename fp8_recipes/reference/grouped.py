@@ -192,11 +192,19 @@ def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor,
     return out
 
 
-def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor) -> GroupedTensor:
+def check_grouped_to(to: str) -> None:
+    """ValueError unless the rows of experts can be folded to this. (One scale for all columns of an expert: no recipe asks for it.)"""
+    if to not in ("column", "column_block"):
+        raise ValueError(f"cannot fold the rows of experts to {to!r}; expected 'column' or 'column_block'")
+
+
+def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert: torch.Tensor, to: str = "column_block") -> GroupedTensor:
     """`fold_transpose` for every expert by itself: payload [cols, rows], scale [E, cols], constant along wgrad's contraction.
 
-    q: [rows, cols] row (with tile_exponent), tile or micro (no global scale), cols a multiple of 4. Columns of unused rows are not written.
+    q: [rows, cols] row (with tile_exponent), tile or micro (no global scale), cols a multiple of 4. to: "column_block" or "column", see
+    `fold_transpose`. Columns of unused rows are not written.
     """
+    check_grouped_to(to)
     experts = offsets.shape[0] - 1
     check_blocks(q.shape[0], block_expert, q.device)
     check_offsets(offsets, experts, q.device)
@@ -207,7 +215,7 @@ def grouped_fold_transpose(q: ScaledTensor, offsets: torch.Tensor, block_expert:
     for expert, group in enumerate(_groups(offsets)):
         if group.start < group.stop:
             part = ScaledTensor(q.payload[group], q.scale[group], q.granularity, tile_exponent=tiles[group], global_scale=q.global_scale)
-            folded = fold_transpose(part)
+            folded = fold_transpose(part, to)
             payload[:, group], scale[expert] = folded.payload, folded.scale
     return GroupedTensor(payload, scale)
 

@@ -94,6 +94,12 @@ def cases() -> list[tuple[str, str, dict, dict, int]]:
     for group, source, e5m2 in ((0, "*fp32", True), (128, "*fp32", False), (32, "*u8", True)):
         forms = WORDS | {"source_ptr": source, "block_expert_ptr": "*i32"}
         found.append(("tile_transpose", "_tile_transpose_kernel", {"GROUP": group, "E5M2": e5m2, "BLOCKS": group > 0}, forms, 8))
+    targets = {"needed_ptr": "*i32", "out_ptr": "*i32", "block_expert_ptr": "*i32", "payload_ptr": "*i32"}
+    for group, source, e5m2 in ((0, "*fp32", True), (0, "*fp32", False), (32, "*u8", False)):
+        alone = {"block_expert_ptr": None} if group else {}
+        for name in ("_needed_kernel", "_fold_columns_kernel"):
+            found.append(("column_fold", name, {"GROUP": group, "E5M2": e5m2, **alone}, targets | {"source_ptr": source}, 8))
+    found.append(("column_fold", "_scale_kernel", {"BLOCKS": 32}, {"needed_ptr": "*u8", "offsets_ptr": "*i32"}, 1))
     found.append(("fold_transpose", "_partial_target_kernel", {"ROWS": 64, "TILES": 32, "OVERLAP": True, "num_warps": 8}, {}, 0))
     return found
 

@@ -24,14 +24,16 @@ def test_only_the_weights_gradients_differ_from_the_folded_experts():
     """One scale per row may stand before or behind the sum: y, dx and dprob are the same numbers."""
     c = case(top_k(160, 2, 4), 4)
     c.x *= torch.exp2(torch.arange(160) % 24 - 12.0)[:, None].bfloat16()  # tokens of very different size, some flushed by the fold
-    folded, exact, exact_wgrad = (results(c, flow(f"fp8_flow_moe{spec}")) for spec in ("", ":fold=none", ":wgrad_fold=none"))
+    folded, columns, exact, exact_wgrad = (results(c, flow(f"fp8_flow_moe{spec}")) for spec in ("", ":wgrad_fold=column", ":fold=none", ":wgrad_fold=none"))
     want = truth(c)
     for name in ("y", "dx", "dprob"):
         assert_bitwise(exact[name], folded[name], name)
         assert_bitwise(exact_wgrad[name], folded[name], name)
+        assert_bitwise(columns[name], folded[name], name)
     for name in ("dw1", "dw2"):
         assert_bitwise(exact_wgrad[name], exact[name], name)
-        assert not torch.equal(exact[name], folded[name])
+        assert not torch.equal(exact[name], folded[name]) and not torch.equal(columns[name], folded[name])
+        assert snr_db(exact[name].double(), columns[name]) > snr_db(exact[name].double(), folded[name]), "a finer scale loses less"
         assert snr_db(want[name], exact[name]) >= snr_db(want[name], folded[name]) - 0.1, name
 
 
@@ -54,7 +56,7 @@ def test_finer_scales_cannot_travel_without_a_fold(spec):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", ["fp8_flow_moe:fold=none", "fp8_flow_moe:wgrad_fold=none"])
+@pytest.mark.parametrize("spec", ["fp8_flow_moe:fold=none", "fp8_flow_moe:wgrad_fold=none", "fp8_flow_moe:wgrad_fold=column"])
 def test_gpu_values_and_gradients(spec):
     c = case(top_k(300, 2, 8), 8, hidden=256, ffn=128).to("cuda")
     got = results(c, flow(spec))

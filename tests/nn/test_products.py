@@ -19,7 +19,7 @@ def operands(seed=0, tokens=96, n=48, k=64):
     return dy, torch.randn(tokens, k, generator=g)
 
 
-@pytest.mark.parametrize("fold", ("column_block", "tensor", "none"))
+@pytest.mark.parametrize("fold", ("column_block", "column", "tensor", "none"))
 def test_wgrad_folds_agree_with_the_payloads(fold):
     recipe = from_name(f"moss:wgrad_fold={fold}")
     dy, x = operands()

@@ -44,6 +44,14 @@ def values(rows: int, cols: int, seed: int, spread: float = 3.0) -> torch.Tensor
     return (x * 2 ** (torch.randn(rows, cols, generator=gen) * 2)).bfloat16()
 
 
+def exponents_of(q: ScaledTensor) -> torch.Tensor:
+    """Exponent of the scale of every element, [rows, cols]."""
+    if q.granularity == "row":
+        return q.scale.log2()[:, None].expand(q.shape)
+    fine = (q.scale.int() - 127).float() if q.granularity == "micro" else q.scale.log2()
+    return fine.repeat_interleave(32 if q.granularity == "micro" else 128, dim=1)[:, : q.shape[1]]
+
+
 def shifted_by_hand(payload: torch.Tensor, shift: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Float64 oracle: every element times 2**shift, rounded once."""
     exact = (payload.double() * torch.exp2(shift.double())).flatten()
@@ -158,11 +166,7 @@ def test_fold_transpose_is_the_transpose_of_the_fold_at_that_scale(fmt: Format, 
     q = quantize(values(*shape, seed=4), granularity, fmt)
     exponents = tile_exponents(q)
     block = exponents.amax(dim=0).repeat_interleave(128)[: shape[1]]
-    if granularity == "row":
-        per_element = q.scale.log2()[:, None].expand(shape)
-    else:
-        fine = (q.scale.int() - 127).float() if granularity == "micro" else q.scale.log2()
-        per_element = fine.repeat_interleave(32 if granularity == "micro" else 128, dim=1)[:, : shape[1]]
+    per_element = exponents_of(q)
     moved = fold_transpose(q)
     assert moved.shape == (shape[1], shape[0])
     assert moved.payload.is_contiguous()
@@ -220,7 +224,25 @@ def test_folding_twice_is_folding_once_when_nothing_becomes_subnormal() -> None:
         assert torch.equal(dequantize(fold_transpose(fold(q, "row"))), dequantize(q).t())
 
 
-@pytest.mark.parametrize("to", ["column_block", "tensor"])
+@pytest.mark.parametrize("granularity", ["row", "tile", "micro"])
+@BOTH
+def test_each_column_has_the_smallest_scale_that_holds_its_largest_value(fmt: Format, granularity: str) -> None:
+    """Nothing saturates, and under half of the scale the column's largest value would; rows of very different size, a column of zeros, one with NaN."""
+    x = values(60, 300, seed=8) * torch.exp2(torch.arange(60.0) - 30)[:, None]
+    x[:, 17] = 0
+    x[3, 18] = torch.nan
+    q = quantize(x.bfloat16(), granularity, fmt)
+    turned = fold_transpose(q, to="column")
+    largest = dequantize(q).nan_to_num(0.0).abs().amax(dim=0)
+    assert (largest <= turned.scale * fmt.max).all()
+    used = largest > 0
+    assert (largest[used] > turned.scale[used] / 2 * fmt.max).all()
+    assert (turned.scale[~used] == 2.0**-126).all() and not used[17]
+    assert dequantize(turned)[18, 3].isnan()
+    assert same(turned.payload.float(), shifted_by_hand(q.payload, exponents_of(q) - turned.scale.log2(), fmt).t())
+
+
+@pytest.mark.parametrize("to", ["column", "column_block", "tensor"])
 def test_under_one_scale_the_transpose_is_only_that(to: str) -> None:
     q = quantize(values(12, 300, seed=7), "tensor")
     turned = fold_transpose(q, to)
@@ -241,7 +263,7 @@ def test_refusals() -> None:
             fold(quantize(x, granularity), "tile")
     with pytest.raises(ValueError, match="a block payload carries no tile exponents"):
         fold_transpose(quantize(x, "block"))
-    with pytest.raises(ValueError, match="cannot fold_transpose to 'row'; expected 'column_block' or 'tensor'"):
+    with pytest.raises(ValueError, match="cannot fold_transpose to 'row'; expected 'column', 'column_block', 'tensor'"):
         fold_transpose(quantize(x, "row"), to="row")
     measured = quantize(x, "micro", global_scale="measured")
     for operation in (lambda: fold(measured, "row"), lambda: fold_transpose(measured), lambda: fold(measured, "tensor")):
