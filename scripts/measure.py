@@ -143,7 +143,7 @@ PARTS = [
     speed("dense", 5, f'EXTRA="{FUSED_LOSS} {NO_WAITS}"', "bf16 delayed moss tensorwise blockwise delayed moss",
           "megatron_dense_8l_7b.csv"),
     # Stock FP8 recipes are fastest with the padded routing map that the model gives them; the fused router beside it dies in backward (docs/megatron.md).
-    speed("moe", 5, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS} {NO_WAITS}"',
+    speed("moe", 7, f'MODEL=moe_6l_v2lite EXTRA="--moe-router-force-load-balancing {FUSED_LOSS} {NO_WAITS}"',
           f'"{FAST_EXPERTS} bf16 {FUSED_ROUTER}" "fp8_flow_moe {FUSED_ROUTER}" "CUDA_DEVICE_MAX_CONNECTIONS=32 bf16 {FUSED_ROUTER}" blockwise tensorwise '
           f'"fp8_flow_moe {FUSED_ROUTER}" "{FAST_EXPERTS} bf16 {FUSED_ROUTER}"', "megatron_moe_6l_v2lite.csv"),
     # 22 of an 8B's 32 layers: as many as fit beside Adam's states in every one of these, with room for the allocator. The logs say which attention ran.
