@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 LAYERS, STEPS, MICROBATCHES = 2, 6, 3
 SMALL = (
     f"--num-layers {LAYERS} --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 2 --num-query-groups 1 --kv-channels 128 --seq-length 64 "
-    f"--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size {MICROBATCHES}"
+    f"--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size {MICROBATCHES} --vocab-size 600"
 )
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 KEPT = "keeps their FP8 weights from the first microbatch of a step to the last"

@@ -88,7 +88,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
         ("fog_tiny", "moss:attention=fp8", "--fog max"),
         ("fog_tiny", "moss", f"--fog flash {FULL}"),
         ("fog_tiny", "moss:attention=fp8", "--fog flash"),
-        ("llama3_8l_8b", "moss", ""),
+        ("llama3_8l_8b", "moss", "--vocab-size 600"),
     ],
 )
 def test_run_learns_and_every_tensor_is_counted_once(train, model, recipe, flags):
