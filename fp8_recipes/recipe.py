@@ -1,8 +1,8 @@
 """Recipes: what is quantised, how finely, where scales come from. A recipe is a value; it does nothing.
 
-from_name("moss")                              a named recipe
-from_name("moss:interval=200,grad=e5m2")       with overrides
-from_yaml("configs/recipes/moss.yaml")         from a file, same keys
+    from_name("moss")                              a named recipe
+    from_name("moss:interval=200,grad=e5m2")       with overrides
+    from_yaml("configs/recipes/moss.yaml")         from a file, same keys
 """
 
 from __future__ import annotations

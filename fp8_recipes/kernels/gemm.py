@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formats import E4M3, format_of
-from ..reference.gemm import check_product
+from ..reference.gemm import check_product, check_result
 from ..tensor import ScaledTensor
 from . import cublaslt
 from .gemm_configs import BLOCK_K, GemmConfig, select_config
@@ -188,11 +188,7 @@ def _check_operands(a: ScaledTensor, b: ScaledTensor, bias: torch.Tensor | None,
             raise ValueError(f"{name} starts at address {q.payload.data_ptr():#x}, not a multiple of {_ALIGNMENT}; use .clone() of the view")
         if q.scale.dtype != torch.float32:
             raise TypeError(f"the scale of {name} must be float32, got {q.scale.dtype}")
-    dtype = out_dtype if out is None else out.dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"the result must be bfloat16 or float32, got {dtype}")
-    if promote < 0 or promote % BLOCK_K:
-        raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {BLOCK_K}")
+    check_result(out_dtype if out is None else out.dtype, promote)
     devices = {t.device for t in (a.payload, b.payload, a.scale, b.scale, out, bias) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"operands, scales, bias and out must be on one device, got {sorted(map(str, devices))}")

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.gemm import check_result
 from ..reference.grouped import GroupedTensor, check_grouped_gemm
 from ..tensor import TILE, ScaledTensor
 from . import common
@@ -124,13 +125,6 @@ def check_operand(payload: torch.Tensor, scale: torch.Tensor, name: str, device:
     if payload.device != device or scale.device != device:
         found = sorted({str(t.device) for t in (payload, scale)} | {str(device)})
         raise ValueError(f"operands, scales and out must be on one device, got {found}")
-
-
-def check_result(dtype: torch.dtype, promote: int) -> None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"the result must be bfloat16 or float32, got {dtype}")
-    if promote < 0 or promote % BLOCK_K:
-        raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {BLOCK_K}")
 
 
 def takes_tma(out: torch.Tensor, cols: int) -> bool:

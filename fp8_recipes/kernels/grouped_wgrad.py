@@ -18,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.gemm import check_result
 from ..reference.grouped import GroupedTensor, Matrices, check_outs, check_wgrad_operands
 from .common import INTERPRETED, cdiv, fetch, next_power_of_2
 from .experts import known_set, table_pointer
 from .gemm import _multiply, _multiprocessors, _tile_origin, _write
 from .gemm_configs import BLOCK_K
 from .grouped_configs import SMALL, GroupedConfig, adding, better_swapped, in_gluon, select_config, storing
-from .grouped_gemm import check_operand, check_result, takes_tma
+from .grouped_gemm import check_operand, takes_tma
 from .launch import launch, matrix_descriptor
 
 

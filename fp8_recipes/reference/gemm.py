@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..tensor import ScaledTensor
+from ..tensor import TILE, ScaledTensor
 from .quantize import dequantize
 
 
@@ -21,6 +21,14 @@ def check_product(a: ScaledTensor, b: ScaledTensor, out: torch.Tensor | None, ac
         raise ValueError("accumulate=True adds to `out`; pass the tensor to add to")
     if bias is not None and tuple(bias.shape) != (shape[1],):
         raise ValueError(f"bias must have shape ({shape[1]},), got {tuple(bias.shape)}")
+
+
+def check_result(dtype: torch.dtype, promote: int) -> None:
+    """Raise unless a product can be written in ``dtype`` and promoted every ``promote`` elements of its contraction."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"the result must be bfloat16 or float32, got {dtype}")
+    if promote < 0 or promote % TILE:
+        raise ValueError(f"promote={promote} must be 0 (never) or a multiple of {TILE}")
 
 
 def finish(y: torch.Tensor, out_dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None, accumulate: bool) -> torch.Tensor:
@@ -45,10 +53,10 @@ def gemm(
     """``y[m, n] = scale_a[m] * scale_b[n] * sum_k a[m, k] b[n, k] + bias[n]``, summed in fp32.
 
     a: [M, K], b: [N, K], granularity row or tensor (no scale changes along K). out, accumulate: write or add into ``out`` [M, N] instead of a new tensor.
-    promote: ignored here; kernels use it to bound the error of Hopper's 14-bit FP8 accumulator, which this sum does not have.
+    promote: without effect here; kernels use it to bound the error of Hopper's 14-bit FP8 accumulator, which this sum does not have.
     """
-    del promote
     check_product(a, b, out, accumulate, bias)
+    check_result(out_dtype if out is None else out.dtype, promote)
     for name, q in (("a", a), ("b", b)):
         if q.granularity not in ("row", "tensor"):
             raise ValueError(f"{name} has {q.granularity} scales, which change along K; fold it first or use gemm_exact")

@@ -20,6 +20,7 @@ import torch
 from ..formats import Format, format_of, pow2, to_e8m0
 from ..tensor import TILE, ScaledTensor
 from .fold import _shift, fold_transpose
+from .gemm import check_result
 from .quantize import tile_exponents
 
 SMALLEST_SCALE = 2.0**-126
@@ -159,10 +160,10 @@ def grouped_gemm(
 
     a: [rows, K], row scales. b: [E, N, K], one scale per expert or per output feature. block_expert: int32 [rows / 128], -1 = unused.
     Returns [rows, N] (``out`` if given). Rows of unused blocks are not written; padding rows inside used blocks come out zero.
-    promote: ignored here (see `gemm`).
+    promote: without effect here (see `gemm`).
     """
-    del promote
     check_grouped_gemm(a, b, block_expert, out)
+    check_result(out_dtype if out is None else out.dtype, promote)
     rows, n = a.shape[0], b.payload.shape[1]
     out = torch.zeros(rows, n, dtype=out_dtype, device=a.device) if out is None else out
     of_row = block_expert.repeat_interleave(TILE)
@@ -178,11 +179,11 @@ def grouped_wgrad(a_t: GroupedTensor, b_t: GroupedTensor, offsets: torch.Tensor,
 
     a_t: [N, rows] (the output's gradient), b_t: [K, rows] (the input), scales [E, N] and [E, K], from `grouped_fold_transpose`. offsets: int32 [E + 1].
     out: [E, N, K] fp32 or bf16, or E contiguous [N, K] tensors anywhere in memory (the experts' main_grad); overwritten or, with accumulate=True, added to.
-    Experts without rows: zero, or left alone. promote: ignored here. Returns ``out``.
+    Experts without rows: zero, or left alone. promote: without effect here. Returns ``out``.
     """
-    del promote
     check_wgrad_operands(a_t, b_t, offsets)
     check_outs(out, a_t.scale.shape[0], (a_t.payload.shape[0], b_t.payload.shape[0]))
+    check_result(out[0].dtype, promote)
     for expert, group in enumerate(_groups(offsets)):
         if accumulate and group.start == group.stop:
             continue

@@ -145,6 +145,7 @@ BAD_PAYLOAD = torch.zeros(4, 16, 32).to(E4M3.dtype)
             lambda: grouped_wgrad(*(GroupedTensor(BAD_PAYLOAD[0, :, :0], torch.ones(4, 16)),) * 2, OFFSETS, out=torch.zeros(4, 16, 16)),
             "multiple of 128 rows, got 0",
         ),
+        (lambda: grouped_gemm(buffer(32), weights(16, 32, "row"), BLOCK_EXPERT, promote=100), "promote=100 must be 0"),
         (lambda: wgrad_into([torch.zeros(32, 48)] * 3), "out has 3 matrices for 4 experts"),
         (lambda: wgrad_into([torch.zeros(32, 48) for _ in range(3)] + [torch.zeros(48, 32)]), r"out\[3\] must be contiguous of shape \(32, 48\)"),
         (lambda: wgrad_into([torch.zeros(32, 48)] * 4), "two experts' gradients are the same memory"),
@@ -159,6 +160,8 @@ def test_bad_input_names_the_value(call, message: str) -> None:
 def test_bad_dtypes() -> None:
     with pytest.raises(TypeError, match="int32"):
         grouped_gemm(buffer(32), weights(16, 32, "row"), BLOCK_EXPERT.long())
+    with pytest.raises(TypeError, match="the result must be bfloat16 or float32, got torch.float16"):
+        wgrad_into([torch.zeros(32, 48, dtype=torch.float16) for _ in range(4)])
     with pytest.raises(TypeError, match="float32"):
         GroupedTensor(BAD_PAYLOAD, torch.ones(4, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match="FP8"):
