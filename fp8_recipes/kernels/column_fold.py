@@ -22,7 +22,7 @@ from ..tensor import TILE, ScaledTensor
 from . import common
 from .common import INTERPRETED, cdiv, decode, finite_or_nan, pow2, scale_byte, scale_bytes, source_constants, tiles_of
 from .launch import launch
-from .words import load_quads, pack_4, transpose_4x4
+from .words import load_quads, pack_4, store_quads, transpose_4x4
 
 BLOCKS = 32
 """Blocks of 128 rows that a program of the second kernel reads at a time."""
@@ -188,12 +188,7 @@ def _fold_columns_kernel(
     o0, o1, o2, o3 = transpose_4x4(w0, w1, w2, w3)
     out_quad = block * 32 + tl.arange(0, 32)[None, :]
     out_word = col_block * 32 + tl.arange(0, 32)[:, None]
-    out = out_ptr + out_word.to(tl.int64) * 4 * out_words + out_quad
-    out_mask = (out_quad < out_words) & (out_word < in_words)
-    tl.store(out, tl.trans(o0), mask=out_mask)
-    tl.store(out + out_words, tl.trans(o1), mask=out_mask)
-    tl.store(out + 2 * out_words, tl.trans(o2), mask=out_mask)
-    tl.store(out + 3 * out_words, tl.trans(o3), mask=out_mask)
+    store_quads(out_ptr, out_quad, out_word, out_words, (out_quad < out_words) & (out_word < in_words), o0, o1, o2, o3)
 
 
 def fold_columns(q: ScaledTensor, offsets: torch.Tensor | None = None, block_expert: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

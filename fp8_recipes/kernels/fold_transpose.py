@@ -46,7 +46,7 @@ from .common import (
 )
 from .launch import launch
 from .quantize import given_exponent
-from .words import load_quads, pack_4, shift_words, transpose_4x4
+from .words import load_quads, pack_4, shift_words, store_quads, transpose_4x4
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,7 @@ def _fold_transpose_kernel(
     o0, o1, o2, o3 = transpose_4x4(w0, w1, w2, w3)
     out_quad = row_block * (TR // 4) + tl.arange(0, TR // 4)[None, :]
     out_word = col_block * 32 + tl.arange(0, 32)[:, None]
-    out = out_ptr + out_word.to(tl.int64) * 4 * out_words + out_quad
-    out_mask = (out_quad < out_words) & (out_word < in_words)
-    tl.store(out, tl.trans(o0), mask=out_mask)
-    tl.store(out + out_words, tl.trans(o1), mask=out_mask)
-    tl.store(out + 2 * out_words, tl.trans(o2), mask=out_mask)
-    tl.store(out + 3 * out_words, tl.trans(o3), mask=out_mask)
+    store_quads(out_ptr, out_quad, out_word, out_words, (out_quad < out_words) & (out_word < in_words), o0, o1, o2, o3)
     if row_block == 0:
         column = col_block * 128 + tl.arange(0, 128)
         tl.store(scale_ptr + column, (tl.zeros_like(column) + scale_bits).to(tl.float32, bitcast=True), mask=column < cols)

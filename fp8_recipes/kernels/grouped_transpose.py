@@ -19,7 +19,7 @@ from .column_fold import fold_columns
 from .common import cdiv, check_payload, next_power_of_2, pow2, scale_bytes, source_constants, tiles_of
 from .fold_transpose import _dependents_may_start, _row_shift, _tile_bytes, _wait_for_previous_kernel
 from .launch import launch
-from .words import load_quads, shift_words, transpose_4x4
+from .words import load_quads, shift_words, store_quads, transpose_4x4
 
 CHUNK = 128
 """Block maxima that a program reads at a time."""
@@ -107,12 +107,7 @@ def _grouped_fold_transpose_kernel(
     o0, o1, o2, o3 = transpose_4x4(w0, w1, w2, w3)
     out_quad = block * 32 + tl.arange(0, 32)[None, :]
     out_word = col_block * 32 + tl.arange(0, 32)[:, None]
-    out = out_ptr + out_word.to(tl.int64) * 4 * out_words + out_quad
-    out_mask = out_word < in_words
-    tl.store(out, tl.trans(o0), mask=out_mask)
-    tl.store(out + out_words, tl.trans(o1), mask=out_mask)
-    tl.store(out + 2 * out_words, tl.trans(o2), mask=out_mask)
-    tl.store(out + 3 * out_words, tl.trans(o3), mask=out_mask)
+    store_quads(out_ptr, out_quad, out_word, out_words, out_word < in_words, o0, o1, o2, o3)
     if block == first:
         column = col_block * 128 + tl.arange(0, 128)
         scale = (tl.zeros_like(column) + target << 23).to(tl.float32, bitcast=True)

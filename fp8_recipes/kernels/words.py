@@ -153,6 +153,17 @@ def load_quads(payload_ptr, quad, word, in_words, mask):
 
 
 @triton.jit
+def store_quads(out_ptr, out_quad, out_word, out_words, mask, o0, o1, o2, o3):
+    """What `transpose_4x4` made of what `load_quads` loaded, four tensors [quads, words], into the transpose, whose rows are ``out_words`` words long.
+    out_quad: [1, quads] words of its rows, out_word: [words, 1] groups of four of its rows, mask: of both."""
+    out = out_ptr + out_word.to(tl.int64) * 4 * out_words + out_quad
+    tl.store(out, tl.trans(o0), mask=mask)
+    tl.store(out + out_words, tl.trans(o1), mask=mask)
+    tl.store(out + 2 * out_words, tl.trans(o2), mask=mask)
+    tl.store(out + 3 * out_words, tl.trans(o3), mask=mask)
+
+
+@triton.jit
 def pack_4(a, b, c, d, E5M2: tl.constexpr):
     """Four fp32 values rounded to FP8 in one word, a in the lowest byte."""
     if INTERPRETED:
